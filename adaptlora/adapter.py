@@ -1,0 +1,339 @@
+"""attach(model, config) -> Adapter: the one object a user holds."""
+
+import copy
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from . import io
+from .config import LoraConfig
+from .methods import method_for
+from .nn import LoraLinear
+from .ranks import FACTORS, commit_ranks
+from .targets import find_saved, find_targets, matches_pattern, pattern_value
+
+
+@dataclasses.dataclass(frozen=True)
+class RankChange:
+    """What `Adapter.step` returns when ranks changed: the number of optimizer steps made, and {module: rank} around the change."""
+
+    step: int
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def attach(model: nn.Module, config: LoraConfig) -> "Adapter":
+    """
+    Put an adapter of `config`'s method on `model`, in place: chosen linear layers become `LoraLinear`, all else is frozen.
+
+    Args:
+        model: any nn.Module.
+        config: LoraConfig, NormALConfig, …
+    Raises: ValueError or TypeError (targets, patterns, budget, a model adapted already); the model is unchanged then.
+    """
+    targets = find_targets(model, config)
+    saved = find_saved(model, config)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(matches_pattern(key, name) for name in targets):
+                raise ValueError(f"attach: {field} must name adapted modules, got {key!r}")
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    generator = torch.Generator().manual_seed(config.seed)
+    try:
+        layers = {}
+        for name, module in targets.items():
+            r = pattern_value(config.rank_pattern, name, config.r)
+            alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+            layers[name] = LoraLinear(
+                module, r, scaling=config.scaling(r, alpha), dropout_p=config.lora_dropout, generator=generator
+            ).train(module.training)
+        method = method_for(config, layers)
+    except (TypeError, ValueError):
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+        raise
+    for parameter in required:
+        parameter.requires_grad_(False)
+    trained = {name: copy.deepcopy(module).requires_grad_(True) for name, module in saved.items()}
+    for name, module in {**layers, **trained}.items():
+        _replace(model, name, module)
+    return Adapter(model, config, layers, trained, saved, method, required)
+
+
+def load(model: nn.Module, path) -> "Adapter":
+    """
+    Put a saved PEFT LoRA adapter on `model`, each module with the rank and scaling it has in the file.
+
+    Args:
+        path: folder with adapter_config.json and adapter_model.safetensors.
+    Returns: an Adapter with a LoraConfig: it trains on at fixed ranks, saves and merges.
+    Raises: FileNotFoundError, ValueError (a file that is damaged, unsupported, or does not fit the model).
+    """
+    stored = io.read(path)
+    adapter = attach(model, stored.lora_config())
+    try:
+        adapter.load(path)
+    except (OSError, TypeError, ValueError):
+        adapter.detach()
+        raise
+    return adapter
+
+
+class Adapter:
+    """
+    An adapter on a model: its trainable parameters, its method, its file.  Made by `attach` and `load`.
+
+    Attributes:
+        model, config, method.   layers: {module name: LoraLinear}, in the model's order.
+        saved: {module name: module} trained whole (modules_to_save).
+    """
+
+    def __init__(self, model, config, layers, saved, originals, method, required):
+        self.model = model
+        self.config = config
+        self.layers: dict[str, LoraLinear] = layers
+        self.saved: dict[str, nn.Module] = saved
+        self.method = method
+        self._originals = originals
+        self._required = required
+        self._unmerged: dict[str, torch.Tensor] | None = None
+        self._attached = True
+
+    def __repr__(self) -> str:
+        ranks = list(self.ranks().values())
+        return (
+            f"Adapter({type(self.config).__name__}, {len(ranks)} modules, ranks {min(ranks)}–{max(ranks)}, "
+            f"average {sum(ranks) / len(ranks):.2f}, {self.method.phase})"
+        )
+
+    # Training
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains: the factors, then the modules_to_save.  Parameters stay the same objects as ranks change."""
+        return self.factors() + [p for module in self.saved.values() for p in module.parameters()]
+
+    def factors(self) -> list[nn.Parameter]:
+        """lora_A and lora_B of every module."""
+        return [getattr(layer, name) for layer in self.layers.values() for name in FACTORS]
+
+    def track(self, optimizer) -> None:
+        """
+        Make the optimizer's state follow the ranks. Needed by every method that changes ranks or shrinks vectors.
+
+        Args:
+            optimizer: torch optimizer (or a wrapper with `.optimizer`, as accelerate's) over `parameters()`. Held weakly.
+        Raises: TypeError (no optimizer), ValueError (it holds none of the adapter's factors).
+        """
+        while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if not {id(p) for p in self.factors()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            raise ValueError("track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them")
+        for layer in self.layers.values():
+            layer.pair.track(optimizer)
+
+    def penalty(self) -> torch.Tensor:
+        """The method's term of the loss now: a 0-dim tensor, zero when there is none.  loss + penalty() is what trains."""
+        term = self.method.penalty() if self._attached else None
+        return torch.zeros((), device=self.factors()[0].device) if term is None else term
+
+    def step(self, loss=None) -> RankChange | None:
+        """
+        Tell the method that an optimizer step was made. Ranks may change here, physically and with optimizer state.
+
+        Args:
+            loss: task loss of that step without the penalty: number or one-element tensor. Only adaptive schedules need it;
+                it is checked wherever it is given.
+        Returns: RankChange if ranks changed, else None.
+        Raises: ValueError (loss not finite or missing, optimizer not tracked), TypeError (an optimizer's state that cannot
+            follow). Ranks, weights, optimizer state and the method are then as before.
+        """
+        self._check_trainable("step")
+        value = self._loss_value(loss)
+        optimizers = self._tracked_optimizers() if self.method.needs_optimizer() else []
+        state = self.method.state_dict()
+        try:
+            ranks = self.method.step(value, optimizers)
+            if ranks is None:
+                return None
+            before = self.ranks()
+            commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
+        except (TypeError, ValueError, RuntimeError):
+            self.method.load_state_dict(state)
+            raise
+        for name, layer in self.layers.items():
+            layer.scaling = self.method.scaling(name, layer, ranks[name])
+        return RankChange(self.method.t, before, self.ranks())
+
+    def _loss_value(self, loss) -> float | None:
+        if loss is None:
+            if self.method.needs_loss():
+                raise ValueError("step: loss must be given to an adaptive schedule, got None")
+            return None
+        value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+        if not math.isfinite(value):
+            raise ValueError(f"step: loss must be finite, got {value}")
+        return value
+
+    def _tracked_optimizers(self) -> list[torch.optim.Optimizer]:
+        optimizers = {id(o): o for layer in self.layers.values() for o in layer.pair.optimizers}
+        held = {id(p) for o in optimizers.values() for group in o.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            for factor in FACTORS:
+                if id(getattr(layer, factor)) not in held:
+                    raise ValueError(
+                        f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
+                        f"got none for {name}.{factor}"
+                    )
+        return list(optimizers.values())
+
+    def callback(self):
+        """A transformers TrainerCallback that does all of the above inside `Trainer`: Trainer(…, callbacks=[adapter.callback()])."""
+        from .integrations.transformers import AdapterCallback
+
+        return AdapterCallback(self)
+
+    # What it is now
+
+    def ranks(self) -> dict[str, int]:
+        """{module name: active rank}"""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def summary(self) -> dict:
+        """
+        Sizes and state now, all counts of real storage: ranks, modules, average_rank, trainable_parameters (factors and modules_to_save),
+        adapter_parameters (factors), adapter_bytes, gradient_bytes, optimizer_bytes (of the factors), method, phase, t, t_p, t_c.
+        """
+        ranks = self.ranks()
+        held = [layer.pair.nbytes() for layer in self.layers.values()]
+        return {
+            "method": type(self.config).__name__.removesuffix("Config"),
+            "modules": len(ranks),
+            "ranks": ranks,
+            "average_rank": sum(ranks.values()) / len(ranks),
+            "trainable_parameters": sum(p.numel() for p in self.parameters()),
+            "adapter_parameters": sum(p.numel() for p in self.factors()),
+            "adapter_bytes": sum(h["factors"] for h in held),
+            "gradient_bytes": sum(h["gradients"] for h in held),
+            "optimizer_bytes": sum(h["optimizer"] for h in held),
+            "phase": self.method.phase,
+            "t": self.method.t,
+            "t_p": self.method.t_p,
+            "t_c": self.method.t_c,
+        }
+
+    # Files and state
+
+    def save(self, path) -> None:
+        """
+        Write a PEFT adapter to the folder `path`: `PeftModel.from_pretrained(base, path)` computes what this model computes.
+
+        Modules of rank 0 are left out. Each file is written under a temporary name and renamed.
+        Raises: ValueError (every rank is 0).
+        """
+        io.write(self, path)
+
+    def load(self, path) -> None:
+        """
+        Take ranks, scalings and weights from a PEFT adapter folder; a module that the file lacks gets rank 0.
+
+        Raises: FileNotFoundError, ValueError (damaged, unsupported, or does not fit); nothing has changed then.
+        """
+        self._check_trainable("load")
+        stored = io.read(path)
+        stored.check_fits(self)
+        ranks = {name: stored.factors[name][0].shape[0] if name in stored.factors else 0 for name in self.layers}
+        commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
+        with torch.no_grad():
+            for name, (lora_A, lora_B) in stored.factors.items():
+                self.layers[name].lora_A.copy_(lora_A)
+                self.layers[name].lora_B.copy_(lora_B)
+                self.layers[name].scaling = stored.scaling(name)
+        for name, tensors in stored.saved.items():
+            self.saved[name].load_state_dict(tensors)
+
+    def state_dict(self) -> dict:
+        """Factors, ranks, scalings, modules_to_save and the method's own state; tensors are the live ones, not copies."""
+        return {
+            "factors": {name: {f: getattr(layer, f).detach() for f in FACTORS} for name, layer in self.layers.items()},
+            "scalings": {name: layer.scaling for name, layer in self.layers.items()},
+            "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
+            "method": self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of `state_dict`; ranks follow the state.  Raises: ValueError (other modules or shapes); nothing has changed then."""
+        factors = state["factors"]
+        if factors.keys() != self.layers.keys():
+            different = sorted(factors.keys() ^ self.layers.keys())
+            raise ValueError(f"load_state_dict: factors must name the adapter's modules, got a difference in {different[:5]}")
+        for name, pair in factors.items():
+            io.check_pair("load_state_dict", name, pair["lora_A"], pair["lora_B"], self.layers[name])
+        commit_ranks(
+            {name: layer.pair for name, layer in self.layers.items()},
+            {name: pair["lora_A"].shape[0] for name, pair in factors.items()},
+        )
+        with torch.no_grad():
+            for name, pair in factors.items():
+                for factor in FACTORS:
+                    getattr(self.layers[name], factor).copy_(pair[factor])
+                self.layers[name].scaling = state["scalings"][name]
+        for name, tensors in state["modules_to_save"].items():
+            self.saved[name].load_state_dict(tensors)
+        self.method.load_state_dict(state["method"])
+
+    # The model around it
+
+    def merge(self) -> nn.Module:
+        """
+        Add every update to its base weight and put the plain modules back: the model as if it had never been adapted.
+
+        The unmerged weights are kept, so that `unmerge` restores them bit for bit.
+        Returns: the model.   Raises: ValueError (already merged or detached).
+        """
+        self._check_trainable("merge")
+        merged = {name: layer.merged_weight() for name, layer in self.layers.items()}
+        self._unmerged = {}
+        for name, layer in self.layers.items():
+            self._unmerged[name] = layer.base_layer.weight.data
+            layer.base_layer.weight.data = merged[name]
+            _replace(self.model, name, layer.base_layer)
+        return self.model
+
+    def unmerge(self) -> nn.Module:
+        """Undo `merge`, exactly.  Returns: the model.   Raises: ValueError (not merged)."""
+        if self._unmerged is None:
+            raise ValueError("unmerge: the adapter must be merged, and it is not")
+        for name, layer in self.layers.items():
+            layer.base_layer.weight.data = self._unmerged[name]
+            _replace(self.model, name, layer)
+        self._unmerged = None
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off: original modules, weights and requires_grad flags.  Returns: the model."""
+        if self._unmerged is not None:
+            self.unmerge()
+        self._check_trainable("detach")
+        for name, layer in self.layers.items():
+            _replace(self.model, name, layer.base_layer)
+        for name, module in self._originals.items():
+            _replace(self.model, name, module)
+        for parameter, flag in self._required.items():
+            parameter.requires_grad_(flag)
+        self._attached = False
+        return self.model
+
+    def _check_trainable(self, op: str) -> None:
+        if not self._attached:
+            raise ValueError(f"{op}: the adapter must be on its model, and it was detached")
+        if self._unmerged is not None:
+            raise ValueError(f"{op}: the adapter must not be merged (unmerge it first)")

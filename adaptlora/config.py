@@ -1,0 +1,160 @@
+"""Configurations: one dataclass per method, PEFT's field names and defaults, checked on construction."""
+
+import dataclasses
+import math
+
+from .ops.rank_penalty import PENALTIES
+
+
+def _require(condition: bool, config, field: str, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{type(config).__name__}: {field} {rule}, got {getattr(config, field)!r}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """
+    Plain LoRA, and the fields that every method shares.          [LoRA, arXiv:2106.09685]
+
+    Args:
+        r: rank of every module, > 0.
+        lora_alpha: scaling numerator: scaling = lora_alpha / r, or / √r with `use_rslora`.
+        lora_dropout: probability in [0, 1) for the adapter's input.
+        target_modules: as in PEFT: a list of module names or name suffixes, a regular expression that must match the whole
+            module name, or "all-linear" (every nn.Linear and transformers Conv1D but the output head).
+        exclude_modules: list or regular expression of modules to leave out.
+        modules_to_save: names of further modules to train and save whole (a classification head).
+        rank_pattern: {name, suffix or regex: r} for modules whose rank differs from `r`.
+        alpha_pattern: {name, suffix or regex: lora_alpha} likewise.
+        use_rslora: scale by lora_alpha / √r.          [rsLoRA, arXiv:2312.03732]
+        bias: "none"; biases stay frozen.
+        init_lora_weights: "kaiming": A ~ U(−1/√K, 1/√K), B = 0.
+        seed: of the factors' initial values; torch's own generator is left alone.
+    Raises: ValueError naming field, rule and value.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    bias: str = "none"
+    init_lora_weights: str = "kaiming"
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(_is_int(self.r) and self.r > 0, self, "r", "must be an integer > 0")
+        _require(_is_number(self.lora_alpha) and self.lora_alpha > 0, self, "lora_alpha", "must be a number > 0")
+        _require(_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, self, "lora_dropout", "must be in [0, 1)")
+        _require(bool(self.target_modules), self, "target_modules", 'must name modules (a list, a regex or "all-linear")')
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, pattern).items():
+                positive = value > 0 if _is_number(value) else False
+                if not positive or (pattern == "rank_pattern" and not _is_int(value)):
+                    raise ValueError(f"{type(self).__name__}: {pattern}[{key!r}] must be > 0, got {value!r}")
+        _require(self.bias == "none", self, "bias", 'must be "none"')
+        _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", 'must be "kaiming"')
+        _require(_is_int(self.seed), self, "seed", "must be an integer")
+        _require(
+            not isinstance(self.modules_to_save, str), self, "modules_to_save", "must be a list of names, not one string"
+        )
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """lora_alpha / r, or lora_alpha / √r for rsLoRA; 0 for rank 0, where nothing is scaled."""
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r) if r else 0.0
+
+
+@dataclasses.dataclass
+class NormALConfig(LoraConfig):
+    """
+    NormAL LoRA: a rank-ordered norm penalty, then one clip of the ranks.          [NormAL LoRA, Eq. 5–6, Algorithms 2–3]
+
+    Exactly one of `target_r`, `budget` and `threshold` says how much rank stays.
+
+    Args:
+        penalty: w(r): "sqrt", "linear", "square", "cube", "log" or "none".
+        penalty_step: "gradient": η_p · P is part of the loss; "proximal": after each optimizer step
+            v ← v · max(0, 1 − lr · η_p · w(r) / ‖v‖), decoupled from the optimizer's normalisation.
+        eta_p: η_p ≥ 0; None for 1e-3 ("gradient") or 1.0 ("proximal").
+        penalty_mean: divide P by the largest r, as the authors' code does ("gradient" only).
+        t_p, t_c: optimizer steps after which the penalty ends and the clip is made, 0 < t_p ≤ t_c.
+        schedule: "fixed" (needs t_p and t_c), "adaptive" (Eq. 6), None for whichever t_p and t_c imply.
+        lambda_p, lambda_c, ema: adaptive thresholds of the smoothed |ΔL| for t_p and t_c, and α of the smoothing.
+        min_steps: no t_p before this step.   max_steps: whatever is undecided then happens then (None: never forced).
+        target_r: average rank per module after the clip; budget k = round(target_r · #modules).
+        budget: k rank vectors in total after the clip, at least one per module.
+        threshold: λ in [0, 1): keep the vectors up to the last whose score exceeds λ.
+        first_below: with `threshold`, stop at the first score ≤ λ instead.
+        rescale: after the clip scale by lora_alpha / r_new instead of lora_alpha / r.
+    """
+
+    penalty: str = "sqrt"
+    penalty_step: str = "gradient"
+    eta_p: float | None = None
+    penalty_mean: bool = False
+    t_p: int | None = None
+    t_c: int | None = None
+    schedule: str | None = None
+    lambda_p: float = 3e-2
+    lambda_c: float = 1.1e-2
+    ema: float = 0.9
+    min_steps: int = 50
+    max_steps: int | None = None
+    target_r: float | None = None
+    budget: int | None = None
+    threshold: float | None = None
+    first_below: bool = False
+    rescale: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.penalty in PENALTIES, self, "penalty", f"must be one of {', '.join(PENALTIES)}")
+        _require(self.penalty_step in ("gradient", "proximal"), self, "penalty_step", 'must be "gradient" or "proximal"')
+        if self.eta_p is None:
+            self.eta_p = 1e-3 if self.penalty_step == "gradient" else 1.0
+        _require(_is_number(self.eta_p) and self.eta_p >= 0, self, "eta_p", "must be a number ≥ 0")
+        self._check_schedule()
+        self._check_amount()
+
+    def _check_schedule(self):
+        if self.schedule is None:
+            self.schedule = "adaptive" if self.t_p is None and self.t_c is None else "fixed"
+        _require(self.schedule in ("fixed", "adaptive"), self, "schedule", 'must be "fixed" or "adaptive"')
+        if self.schedule == "fixed":
+            _require(_is_int(self.t_p) and self.t_p > 0, self, "t_p", "must be an integer > 0 (with t_c)")
+            _require(_is_int(self.t_c) and self.t_c >= self.t_p, self, "t_c", f"must be an integer ≥ t_p={self.t_p}")
+        else:
+            _require(self.t_p is None, self, "t_p", 'must be None with schedule="adaptive"')
+            _require(self.t_c is None, self, "t_c", 'must be None with schedule="adaptive"')
+        _require(_is_number(self.lambda_p) and self.lambda_p > 0, self, "lambda_p", "must be a number > 0")
+        _require(_is_number(self.lambda_c) and self.lambda_c > 0, self, "lambda_c", "must be a number > 0")
+        _require(_is_number(self.ema) and 0 <= self.ema < 1, self, "ema", "must be in [0, 1)")
+        _require(_is_int(self.min_steps) and self.min_steps > 0, self, "min_steps", "must be an integer > 0")
+        if self.max_steps is not None:
+            rule = f"must be None or an integer ≥ min_steps={self.min_steps}"
+            _require(_is_int(self.max_steps) and self.max_steps >= self.min_steps, self, "max_steps", rule)
+
+    def _check_amount(self):
+        given = [name for name in ("target_r", "budget", "threshold") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"NormALConfig: exactly one of target_r, budget and threshold must be given, got {', '.join(given) or 'none'}"
+            )
+        if self.target_r is not None:
+            _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
+        if self.budget is not None:
+            _require(_is_int(self.budget) and self.budget > 0, self, "budget", "must be an integer > 0")
+        if self.threshold is not None:
+            _require(_is_number(self.threshold) and 0 <= self.threshold < 1, self, "threshold", "must be in [0, 1)")

@@ -1,0 +1,1 @@
+"""Adapters inside other libraries' training loops."""

@@ -1,0 +1,175 @@
+"""NormAL LoRA: penalise rank vectors by their place, then keep the prefix that their norms earn.  [NormAL LoRA, Eq. 5–6, Alg. 2–3]"""
+
+import heapq
+import math
+
+import torch
+
+from ..config import NormALConfig
+from ..nn import LoraLinear
+from ..ops import rank_norms, rank_penalty, rank_shrink_
+
+
+def scores(norms_A: list[float], norms_B: list[float]) -> list[float]:
+    """s_r = min(1, (‖a_r‖ + ‖b_r‖) / (‖a_1‖ + ‖b_1‖)) of one module; s_1 = 1 and the rest 0 where the denominator is 0."""
+    sums = [a + b for a, b in zip(norms_A, norms_B, strict=True)]
+    if not sums:
+        return []
+    if sums[0] == 0:
+        return [1.0] + [0.0] * (len(sums) - 1)
+    return [min(1.0, value / sums[0]) for value in sums]
+
+
+def budget_ranks(module_scores: list[list[float]], budget: int) -> list[int]:
+    """
+    Rank of each module when `budget` vectors are kept in total.          [NormAL LoRA, Algorithm 3]
+
+    Greedy: one more rank to the module whose next vector scores highest; ties to the lower rank, then the earlier module.
+    Since s_1 = 1 is the highest score there is and rank 0 the lowest, every module gets its first vector first.
+
+    Raises: ValueError (budget below the number of modules or above all ranks together).
+    """
+    modules, total = len(module_scores), sum(map(len, module_scores))
+    if not modules <= budget <= total:
+        raise ValueError(
+            f"NormAL: budget must be between {modules} (one rank for each module) and {total} (all ranks together), got {budget}"
+        )
+    ranks = [0] * modules
+    heap = [(-of_module[0], 0, index) for index, of_module in enumerate(module_scores)]
+    heapq.heapify(heap)
+    for _ in range(budget):
+        _, rank, index = heapq.heappop(heap)
+        ranks[index] = rank + 1
+        if rank + 1 < len(module_scores[index]):
+            heapq.heappush(heap, (-module_scores[index][rank + 1], rank + 1, index))
+    return ranks
+
+
+def threshold_ranks(module_scores: list[list[float]], threshold: float, first_below: bool = False) -> list[int]:
+    """Rank of each module: up to the last score > `threshold`, or (`first_below`) before the first ≤ it.  [Algorithm 2]"""
+    ranks = []
+    for of_module in module_scores:
+        above = [r for r, score in enumerate(of_module, start=1) if score > threshold]
+        below = [r for r, score in enumerate(of_module, start=1) if score <= threshold]
+        ranks.append((below[0] - 1 if below else len(of_module)) if first_below else above[-1])
+    return ranks
+
+
+class NormAL:
+    """The method while it trains; `config` is checked against the modules here.  Raises: ValueError (budget out of range)."""
+
+    def __init__(self, config: NormALConfig, layers: dict[str, LoraLinear]):
+        self.config = config
+        self.layers = layers
+        self.full_ranks = {name: layer.rank for name, layer in layers.items()}
+        self.budget = config.budget
+        if config.target_r is not None:
+            self.budget = round(config.target_r * len(layers))
+        if self.budget is not None:
+            budget_ranks([[1.0] * rank for rank in self.full_ranks.values()], self.budget)
+        self.t = 0
+        self.t_p, self.t_c = config.t_p, config.t_c
+        self.clipped = False
+        self.change: float | None = None  # smoothed |L_t − L_{t−1}|
+        self.last_loss: float | None = None
+
+    @property
+    def phase(self) -> str:
+        """ "penalty" until t_p, "waiting" until t_c, then "clipped"."""
+        if self.clipped:
+            return "clipped"
+        return "penalty" if self.t_p is None or self.t < self.t_p else "waiting"
+
+    def _factors(self):
+        return [layer.lora_A for layer in self.layers.values()], [layer.lora_B for layer in self.layers.values()]
+
+    def needs_loss(self) -> bool:
+        return self.config.schedule == "adaptive" and not self.clipped
+
+    def _shrinks(self) -> bool:
+        return self.config.penalty_step == "proximal" and self.config.penalty != "none" and self.phase == "penalty"
+
+    def needs_optimizer(self) -> bool:
+        if self.clipped:
+            return False
+        may_clip = self.t + 1 == self.t_c or (self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps)
+        return may_clip or self._shrinks()
+
+    def penalty(self) -> torch.Tensor | None:
+        """η_p · P while t < t_p, for penalty_step="gradient".          [Eq. 5]"""
+        if self.phase != "penalty" or self.config.penalty_step != "gradient" or self.config.penalty == "none":
+            return None
+        eta = self.config.eta_p / (max(self.full_ranks.values()) if self.config.penalty_mean else 1)
+        return eta * rank_penalty(*self._factors(), kind=self.config.penalty)
+
+    def step(self, loss: float | None, optimizers) -> dict[str, int] | None:
+        if self._shrinks():
+            self._shrink(optimizers)
+        self.t += 1
+        if self.clipped:
+            return None
+        if self.config.schedule == "adaptive":
+            self._adapt(loss)
+        if self.t != self.t_c:
+            return None
+        self.clipped = True
+        return self._ranks()
+
+    def _shrink(self, optimizers) -> None:
+        """The proximal step of lr · η_p · P; each factor has the learning rate of its parameter group."""
+        rates = {p: float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        by_rates: dict[tuple[float, float], tuple[list, list]] = {}
+        for layer in self.layers.values():
+            lora_As, lora_Bs = by_rates.setdefault((rates[layer.lora_A], rates[layer.lora_B]), ([], []))
+            lora_As.append(layer.lora_A)
+            lora_Bs.append(layer.lora_B)
+        for (rate_A, rate_B), (lora_As, lora_Bs) in by_rates.items():
+            eta = self.config.eta_p
+            rank_shrink_(lora_As, lora_Bs, (rate_A * eta, rate_B * eta), kind=self.config.penalty)
+
+    def _adapt(self, loss: float) -> None:
+        """Decide t_p, then t_c, when the smoothed change of the loss falls below λ_p, then λ_c.          [Eq. 6]"""
+        config = self.config
+        if self.last_loss is not None:
+            change = abs(loss - self.last_loss)
+            self.change = change if self.change is None else config.ema * self.change + (1 - config.ema) * change
+        self.last_loss = loss
+        forced = config.max_steps is not None and self.t >= config.max_steps
+        if self.t_p is None:
+            calm = self.change is not None and self.change < config.lambda_p
+            if forced or (self.t >= config.min_steps and calm):
+                self.t_p, self.change = self.t, None
+        if self.t_p is not None and (forced or (self.change is not None and self.change < config.lambda_c)):
+            self.t_c = self.t
+
+    def scores(self) -> dict[str, list[float]]:
+        """Scores of every module's vectors now; one `rank_norms` call.  Raises: ValueError (a norm is not finite)."""
+        norms_A, norms_B = rank_norms(*self._factors())
+        result = {}
+        for name, *norms in zip(self.layers, norms_A, norms_B, strict=True):
+            of_A, of_B = (n.tolist() for n in norms)
+            if not all(map(math.isfinite, of_A + of_B)):
+                raise ValueError(f"NormAL: {name}: norms of the rank vectors must be finite, got {of_A} and {of_B}")
+            result[name] = scores(of_A, of_B)
+        return result
+
+    def _ranks(self) -> dict[str, int]:
+        of_modules = list(self.scores().values())
+        if self.config.threshold is not None:
+            ranks = threshold_ranks(of_modules, self.config.threshold, self.config.first_below)
+        else:
+            ranks = budget_ranks(of_modules, self.budget)
+        return dict(zip(self.layers, ranks, strict=True))
+
+    def scaling(self, name: str, layer: LoraLinear, rank: int) -> float:
+        if not self.config.rescale:
+            return layer.scaling
+        return layer.scaling * self.config.scaling(rank, 1.0) / self.config.scaling(self.full_ranks[name], 1.0)
+
+    def state_dict(self) -> dict:
+        names = ("t", "t_p", "t_c", "clipped", "change", "last_loss")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

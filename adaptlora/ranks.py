@@ -1,0 +1,280 @@
+"""RankedPair: LoRA factors in rank-major memory whose rank changes physically, optimizer state included.
+
+lora_A (R, K) and lora_B (N, R) have PEFT's shapes. In memory both are rows of ranks: A is a view of the first R rows of a
+(capacity, K) store, B the transpose of the first R rows of a (capacity, N) store. Rows R … capacity − 1 are *parked*: they keep
+their values and optimizer state and take no step. To narrow or to grow within the capacity re-narrows views and copies nothing.
+"""
+
+import dataclasses
+import math
+import weakref
+
+import torch
+from torch import nn
+
+FACTORS = ("lora_A", "lora_B")
+
+
+def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Rank-major view (R, ·) of a tensor shaped like the factor `name`; its own inverse."""
+    return tensor if name == "lora_A" else tensor.t()
+
+
+def _is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
+    """Whether `rows` still are the first rows of `store` in memory: `module.to()` and `load_state_dict` can part them."""
+    return (
+        rows.dtype == store.dtype
+        and rows.device == store.device
+        and rows.untyped_storage().data_ptr() == store.untyped_storage().data_ptr()
+        and rows.storage_offset() == store.storage_offset()
+        and rows.shape[0] <= store.shape[0]
+    )
+
+
+def uniform_rows(count: int, K: int, generator: torch.Generator | None, like: torch.Tensor | None = None) -> torch.Tensor:
+    """`count` rows of PEFT's initial A: U(−1/√K, 1/√K), which is kaiming_uniform with a = √5; drawn on the CPU in float32."""
+    bound = 1 / math.sqrt(K) if K else 0.0
+    rows = torch.empty(count, K).uniform_(-bound, bound, generator=generator)
+    return rows if like is None else rows.to(like)
+
+
+@dataclasses.dataclass
+class _Slot:
+    """One tensor that has rank rows: a factor, or one optimizer state tensor of it."""
+
+    factor: str
+    rows: torch.Tensor  # active, (R, ·)
+    store: torch.Tensor  # active and parked, (capacity, ·)
+    optimizer: torch.optim.Optimizer | None = None
+    key: str | None = None
+
+
+@dataclasses.dataclass
+class RankPlan:
+    """A rank change with everything allocated and checked: `commit` only assigns."""
+
+    pair: "RankedPair"
+    rank: int
+    slots: list[_Slot]
+    grads: dict[str, torch.Tensor | None]
+
+    def commit(self) -> None:
+        pair = self.pair
+        for slot in self.slots:
+            active = _rows(slot.factor, slot.store[: self.rank])
+            parameter = getattr(pair, slot.factor)
+            if slot.optimizer is None:
+                pair._stores[slot.factor] = slot.store
+                _assign(parameter, active, self.grads[slot.factor])
+            else:
+                pair._tracked[slot.optimizer][slot.factor, slot.key] = slot.store
+                slot.optimizer.state[parameter][slot.key] = active
+
+
+def _assign(parameter: nn.Parameter, data: torch.Tensor, grad: torch.Tensor | None) -> None:
+    parameter.grad = None
+    if parameter.shape != data.shape:
+        # A graph that is still alive keeps a gradient accumulator of the old shape; torch drops it only with a change of dtype.
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
+    parameter.grad = grad
+
+
+class RankedPair(nn.Module):
+    """
+    The two factors of one LoRA module with a rank that can change at any time between optimizer steps.
+
+    Args:
+        in_features: K.   out_features: N.
+        r: active rank R ≥ 0.
+        capacity: rows allocated, at least r (default r); rows r … capacity − 1 start parked.
+        generator: CPU generator for A's rows, U(−1/√K, 1/√K); B starts at zero.
+        dtype, device: of both factors.
+    Raises: ValueError (r < 0, capacity < r).
+    """
+
+    def __init__(self, in_features: int, out_features: int, r: int, *, capacity=None, generator=None, dtype=None, device=None):
+        super().__init__()
+        capacity = r if capacity is None else capacity
+        if r < 0:
+            raise ValueError(f"RankedPair: r must be ≥ 0, got {r}")
+        if capacity < r:
+            raise ValueError(f"RankedPair: capacity must be at least r={r}, got {capacity}")
+        self._tracked = weakref.WeakKeyDictionary()
+        self._stores = {
+            "lora_A": uniform_rows(capacity, in_features, generator).to(device=device, dtype=dtype),
+            "lora_B": torch.zeros(capacity, out_features, device=device, dtype=dtype),
+        }
+        for name in FACTORS:
+            setattr(self, name, nn.Parameter(_rows(name, self._stores[name][:r])))
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self._data_slot("lora_A").store.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"K={self.lora_A.shape[1]}, N={self.lora_B.shape[0]}, rank={self.rank}, capacity={self.capacity}"
+
+    def track(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the state that `optimizer` keeps for the two factors follow every rank change. Held weakly."""
+        self._tracked.setdefault(optimizer, {})
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return list(self._tracked)
+
+    def _data_slot(self, name: str) -> _Slot:
+        rows, store = _rows(name, getattr(self, name).data), self._stores[name]
+        if not _is_prefix(rows, store):
+            store = _rejoin(rows, store)
+        return _Slot(name, rows, store)
+
+    def _state_slots(self, name: str):
+        parameter = getattr(self, name)
+        for optimizer, stores in self._tracked.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.shape != parameter.shape):
+                    continue
+                if value.shape != parameter.shape:
+                    raise TypeError(
+                        f"rank change: optimizer state must be shaped like its parameter, {tuple(parameter.shape)}, to follow the "
+                        f"rank; {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)}"
+                    )
+                rows = _rows(name, value)
+                store = stores.get((name, key), rows)
+                yield _Slot(name, rows, store if _is_prefix(rows, store) else _rejoin(rows, store), optimizer, key)
+
+    def plan(self, rank: int, *, order=None, compact: bool = False, generator=None) -> RankPlan:
+        """
+        Prepare a change to `rank` active vectors; nothing changes before `RankPlan.commit`, which cannot fail.
+
+        Args:
+            rank: new R ≥ 0. Up to the capacity, parked vectors come back as they left; beyond it new rows of A are drawn
+                from `generator` and new rows of B are zero, so that the layer's output does not change.
+            order: permutation of range(current rank), applied first: vector order[i] becomes vector i.
+            compact: leave nothing parked and give the memory back.
+        Raises: ValueError (rank, order), TypeError (an optimizer's state that cannot follow).
+        """
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"rank change: rank must be an integer ≥ 0, got {rank!r}")
+        if order is not None and sorted(order) != list(range(self.rank)):
+            raise ValueError(f"rank change: order must be a permutation of range({self.rank}), got {list(order)}")
+        slots, grads = [], {}
+        for name in FACTORS:
+            for slot in (self._data_slot(name), *self._state_slots(name)):
+                slot.store = self._new_store(slot, rank, order, compact, generator)
+                slots.append(slot)
+            grads[name] = self._new_grad(name, rank, order)
+        return RankPlan(self, rank, slots, grads)
+
+    def _new_store(self, slot: _Slot, rank: int, order, compact: bool, generator) -> torch.Tensor:
+        store = slot.store
+        if order is not None:
+            index = torch.tensor([*order, *range(len(order), store.shape[0])], device=store.device, dtype=torch.long)
+            store = store.index_select(0, index)
+        if rank > store.shape[0]:
+            added = store.new_zeros(rank - store.shape[0], store.shape[1])
+            if slot.optimizer is None and slot.factor == "lora_A":
+                added = uniform_rows(*added.shape, generator, like=added)
+            store = torch.cat([store, added])
+        if compact:
+            store = store[:rank]
+            if store.untyped_storage().nbytes() > store.nbytes:
+                store = store.clone(memory_format=torch.contiguous_format)
+        return store
+
+    def _new_grad(self, name: str, rank: int, order) -> torch.Tensor | None:
+        grad = getattr(self, name).grad
+        if grad is None:
+            return None
+        rows = _rows(name, grad)
+        if order is not None:
+            rows = rows[list(order)]
+        if rank > rows.shape[0]:
+            rows = torch.cat([rows, rows.new_zeros(rank - rows.shape[0], rows.shape[1])])
+        return _rows(name, rows[:rank].clone(memory_format=torch.contiguous_format))
+
+    def narrow(self, rank: int) -> None:
+        """Keep the first `rank` vectors active and park the others: views only, no copy.  Raises: ValueError (rank > R)."""
+        if rank > self.rank:
+            raise ValueError(f"narrow: rank must be at most the active rank {self.rank}, got {rank}")
+        self.plan(rank).commit()
+
+    def grow(self, rank: int, generator=None) -> None:
+        """Make `rank` vectors active: parked ones first, as they left, then new ones (see `plan`).  Raises: ValueError (rank < R)."""
+        if rank < self.rank:
+            raise ValueError(f"grow: rank must be at least the active rank {self.rank}, got {rank}")
+        self.plan(rank, generator=generator).commit()
+
+    def permute(self, order) -> None:
+        """Reorder the active vectors, state included: vector order[i] becomes vector i.  Raises: ValueError (not a permutation)."""
+        self.plan(self.rank, order=order).commit()
+
+    def compact(self) -> None:
+        """Drop the parked vectors and give their memory back, optimizer state included."""
+        self.plan(self.rank, compact=True).commit()
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes really held: {"factors", "gradients", "optimizer"}, parked rows included."""
+        held = {"factors": 0, "gradients": 0, "optimizer": 0}
+        for name in FACTORS:
+            grad = getattr(self, name).grad
+            held["factors"] += self._data_slot(name).store.untyped_storage().nbytes()
+            held["gradients"] += 0 if grad is None else grad.untyped_storage().nbytes()
+            held["optimizer"] += sum(slot.store.untyped_storage().nbytes() for slot in self._state_slots(name))
+        return held
+
+    def _apply(self, fn, recurse=True):
+        stores = {name: self._data_slot(name).store for name in FACTORS}
+        super()._apply(fn, recurse)
+        # The parked rows move with the active ones, and the parameters stay views of the store.
+        self._relink({name: fn(store) for name, store in stores.items()})
+        return self
+
+    def _relink(self, stores: dict[str, torch.Tensor]) -> None:
+        for name, store in stores.items():
+            self._stores[name] = store
+            getattr(self, name).data = _rows(name, store[: self.rank])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        incoming = state_dict.get(prefix + "lora_A")
+        if isinstance(incoming, torch.Tensor) and incoming.shape[1:] == self.lora_A.shape[1:]:
+            self.plan(incoming.shape[0]).commit()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self):
+        # Copies and pickles take the factors and the parked rows; an optimizer belongs to the original.
+        return {**self.__dict__, "_tracked": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._tracked = weakref.WeakKeyDictionary()
+        self._relink({name: self._data_slot(name).store for name in FACTORS})
+
+
+def _rejoin(rows: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
+    """Store whose first rows are `rows`, found in other memory than the store's, with the store's parked rows behind them."""
+    parked = store[rows.shape[0] :]
+    if parked.shape[0] == 0 or parked.shape[1] != rows.shape[1]:
+        return rows
+    return torch.cat([rows, parked.to(rows)])
+
+
+def commit_ranks(pairs: dict[str, RankedPair], ranks: dict[str, int], *, compact: bool = False, generator=None) -> None:
+    """Change the rank of many pairs, all or none: every plan is made before the first is committed.
+
+    Raises: ValueError, TypeError (naming the module); then ranks, weights and optimizer state are as they were.
+    """
+    plans = []
+    for name, rank in ranks.items():
+        try:
+            plans.append(pairs[name].plan(rank, compact=compact, generator=generator))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+    for plan in plans:
+        plan.commit()
