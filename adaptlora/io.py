@@ -158,7 +158,7 @@ def _peft_config(adapter) -> dict:
     model_config = getattr(adapter.model, "config", None)
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(adapter.model),
+        "task_type": _task_type(adapter),
         "base_model_name_or_path": getattr(model_config, "_name_or_path", None),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
@@ -177,9 +177,12 @@ def _peft_config(adapter) -> dict:
     }
 
 
-def _task_type(model) -> str | None:
-    kinds = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-    return next((kind for suffix, kind in kinds.items() if type(model).__name__.endswith(suffix)), None)
+def _task_type(adapter) -> str | None:
+    """PEFT's task type where it is sure to load: for SEQ_CLS PEFT demands that the file holds the classification head."""
+    kinds = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    if {"classifier", "score"} & adapter.saved.keys():
+        kinds["ForSequenceClassification"] = "SEQ_CLS"
+    return next((kind for suffix, kind in kinds.items() if type(adapter.model).__name__.endswith(suffix)), None)
 
 
 def _pattern(values: dict, names) -> dict:

@@ -1,7 +1,10 @@
 """The LoRA linear layer: y = x Wᵀ + bias + scaling · drop(x) Aᵀ diag(E) Bᵀ and its gradients.  [LoRA, arXiv:2106.09685, eq. 3]"""
 
+import math
+
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _backend
 from ._checks import FLOATS, check_dropout, check_factors, check_finite_number, check_tensor
@@ -113,6 +116,20 @@ def _(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, ne
     dB = lora_B.new_empty(lora_B.shape[::-1]).t()
     likes = (x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), dB, rank_scale.new_empty(rank_scale.shape) if need[3] else none)
     return tuple(like if needed else x.new_empty(0) for like, needed in zip(likes, need, strict=True))
+
+
+@register_flop_formula(torch.ops.adaptlora.lora_linear)
+def _(x, weight, bias, lora_A, lora_B, *rest, out_shape=None, **kwargs) -> int:
+    M, (N, K), R = math.prod(x[:-1]), weight, lora_A[0]
+    return 2 * M * (N * K + R * (K + N))
+
+
+@register_flop_formula(torch.ops.adaptlora.lora_linear_backward)
+def _(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs) -> int:
+    M, (N, K), R = math.prod(dy[:-1]), weight, lora_A[0]
+    dx, dA, dB, dE = need
+    products = (dx * N * K, (dx or dA) * R * N, dx * R * K, dA * R * K, (dB or dE) * R * N)
+    return 2 * M * sum(products)
 
 
 def _setup_context(ctx, inputs, output):

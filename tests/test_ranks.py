@@ -1,0 +1,358 @@
+"""RankedPair: ranks change physically, the optimizer's state follows, parked vectors keep everything, errors change nothing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptlora import RankedPair
+from adaptlora.ranks import FACTORS, commit_ranks
+
+K, N = 7, 5
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+}
+
+
+def make_pair(r=6, capacity=None, dtype=torch.float64, seed=0):
+    pair = RankedPair(K, N, r, capacity=capacity, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    with torch.no_grad():
+        for store in pair._stores.values():
+            store.copy_(torch.randn(store.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=dtype))
+    return pair
+
+
+def make_trained(name="adamw", r=6, capacity=None, steps=2):
+    pair = make_pair(r, capacity)
+    optimizer = OPTIMIZERS[name](list(pair.parameters()))
+    pair.track(optimizer)
+    for _ in range(steps):
+        train_step(pair, optimizer)
+    return pair, optimizer
+
+
+def train_step(pair, optimizer):
+    (pair.lora_B @ pair.lora_A).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def rows(name, tensor):
+    return tensor if name == "lora_A" else tensor.t()
+
+
+def snapshot(pair, optimizer=None):
+    """Every rank-shaped tensor as a rank-major copy."""
+    found = {}
+    for name in FACTORS:
+        parameter = getattr(pair, name)
+        found[name, "data"] = rows(name, parameter.detach()).clone()
+        if parameter.grad is not None:
+            found[name, "grad"] = rows(name, parameter.grad).clone()
+        for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                found[name, key] = rows(name, value).clone()
+    return found
+
+
+def assert_rows_equal(found, expected, index):
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key][index]), key
+
+
+def test_memory_is_rank_major():
+    pair = make_pair()
+    assert pair.lora_A.shape == (6, K) and pair.lora_A.is_contiguous()
+    assert pair.lora_B.shape == (N, 6) and pair.lora_B.t().is_contiguous()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_narrow_keeps_the_prefix_bit_for_bit(name, rank):
+    pair, optimizer = make_trained(name)
+    before = snapshot(pair, optimizer)
+    parameters = list(pair.parameters())
+    pair.narrow(rank)
+    assert pair.rank == rank and pair.capacity == 6
+    assert all(old is new for old, new in zip(parameters, pair.parameters(), strict=True))
+    assert_rows_equal(snapshot(pair, optimizer), before, slice(rank))
+    train_step(pair, optimizer)
+
+
+def test_narrow_and_grow_copy_nothing():
+    pair, optimizer = make_trained()
+    addresses = {id(p): p.data_ptr() for p in pair.parameters()}
+    state = {id(p): optimizer.state[p]["exp_avg"].data_ptr() for p in pair.parameters()}
+    for rank in (3, 1, 5, 6):
+        pair.plan(rank).commit()
+        assert {id(p): p.data_ptr() for p in pair.parameters()} == addresses
+        assert {id(p): optimizer.state[p]["exp_avg"].data_ptr() for p in pair.parameters()} == state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parked_vectors_keep_values_and_state_and_take_no_step(name):
+    pair, optimizer = make_trained(name)
+    before = snapshot(pair, optimizer)
+    pair.narrow(2)
+    for _ in range(3):
+        train_step(pair, optimizer)
+    active = snapshot(pair, optimizer)
+    pair.grow(6)
+    after = snapshot(pair, optimizer)
+    assert_rows_equal({key: value[2:] for key, value in after.items()}, before, slice(2, None))
+    assert_rows_equal({key: value[:2] for key, value in after.items()}, active, slice(None))
+    if name != "sgd":
+        assert not torch.equal(after["lora_A", "data"][:2], before["lora_A", "data"][:2])
+
+
+def test_training_narrowed_equals_training_a_smaller_pair():
+    pair, optimizer = make_trained(steps=0)
+    pair.narrow(3)
+    small = RankedPair(K, N, 3, dtype=torch.float64)
+    with torch.no_grad():
+        small.lora_A.copy_(pair.lora_A)
+        small.lora_B.copy_(pair.lora_B)
+    other = OPTIMIZERS["adamw"](list(small.parameters()))
+    for _ in range(4):
+        train_step(pair, optimizer)
+        train_step(small, other)
+    assert torch.equal(pair.lora_A, small.lora_A) and torch.equal(pair.lora_B, small.lora_B)
+
+
+def test_grow_beyond_the_capacity_keeps_the_output():
+    pair, optimizer = make_trained()
+    before, product = snapshot(pair, optimizer), (pair.lora_B @ pair.lora_A).detach()
+    pair.grow(9, generator=torch.Generator().manual_seed(3))
+    after = snapshot(pair, optimizer)
+    assert pair.rank == pair.capacity == 9
+    assert_rows_equal({key: value[:6] for key, value in after.items()}, before, slice(None))
+    assert torch.equal((pair.lora_B @ pair.lora_A).detach(), product)
+    assert after["lora_A", "data"][6:].abs().min() > 0 and after["lora_A", "data"][6:].abs().max() <= K**-0.5
+    assert not after["lora_B", "data"][6:].any() and not after["lora_A", "exp_avg"][6:].any()
+    train_step(pair, optimizer)
+
+
+def test_grow_from_state_allocated_at_a_lower_rank():
+    pair, optimizer = make_trained(r=1, capacity=6)
+    before = snapshot(pair, optimizer)
+    pair.grow(4)
+    after = snapshot(pair, optimizer)
+    assert_rows_equal({key: value[:1] for key, value in after.items()}, before, slice(None))
+    assert not after["lora_A", "exp_avg"][1:].any()
+    train_step(pair, optimizer)
+
+
+def test_permute_moves_factors_state_and_gradients_alike():
+    pair, optimizer = make_trained()
+    (pair.lora_B @ pair.lora_A).square().sum().backward()
+    before = snapshot(pair, optimizer)
+    order = [3, 0, 5, 1, 4, 2]
+    pair.permute(order)
+    assert ("lora_A", "grad") in before
+    assert_rows_equal(snapshot(pair, optimizer), before, order)
+
+
+def test_non_prefix_choice():
+    pair, optimizer = make_trained()
+    before = snapshot(pair, optimizer)
+    pair.plan(2, order=[4, 1, 0, 2, 3, 5], compact=True).commit()
+    assert_rows_equal(snapshot(pair, optimizer), before, [4, 1])
+
+
+def test_compact_frees_factors_gradients_and_state():
+    pair, optimizer = make_trained(r=8)
+    (pair.lora_B @ pair.lora_A).square().sum().backward()
+    held = pair.nbytes()
+    before = snapshot(pair, optimizer)
+    pair.narrow(2)
+    assert pair.nbytes()["factors"] == held["factors"] and pair.nbytes()["optimizer"] == held["optimizer"]
+    pair.compact()
+    assert_rows_equal(snapshot(pair, optimizer), before, slice(2))
+    assert {key: value * 4 for key, value in pair.nbytes().items()} == held
+    assert pair.capacity == 2
+    for parameter in pair.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes == parameter.grad.untyped_storage().nbytes()
+    train_step(pair, optimizer)
+
+
+def test_a_live_graph_of_the_last_step_does_not_break_the_next():
+    pair, optimizer = make_trained()
+    loss = (pair.lora_B @ pair.lora_A).square().sum()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pair.narrow(3)
+    next_loss = (pair.lora_B @ pair.lora_A).square().sum()
+    next_loss.backward()
+    assert pair.lora_A.grad.shape == (3, K) and loss.grad_fn is not None
+
+
+def test_post_accumulate_hooks_survive():
+    pair, _ = make_trained()
+    seen = []
+    pair.lora_A.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.grad.shape)))
+    pair.narrow(2)
+    (pair.lora_B @ pair.lora_A).sum().backward()
+    assert seen == [(2, K)]
+
+
+def test_gradients_follow():
+    pair = make_pair()
+    (pair.lora_B @ pair.lora_A).square().sum().backward()
+    before = snapshot(pair)
+    pair.narrow(4)
+    assert_rows_equal(snapshot(pair), before, slice(4))
+    pair.grow(6)
+    assert not pair.lora_A.grad[4:].any() and torch.equal(pair.lora_A.grad[:4], before["lora_A", "grad"][:4])
+
+
+class RowStatistics(torch.optim.Optimizer):
+    """Keeps one number per row, as Adafactor does: a state that has no rank rows for lora_B."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["row"] = torch.ones(parameter.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda pair: pair.narrow(7), ValueError, "narrow: rank must be at most the active rank 6, got 7"),
+        (lambda pair: pair.grow(5), ValueError, "grow: rank must be at least the active rank 6, got 5"),
+        (lambda pair: pair.plan(-1), ValueError, "rank must be an integer ≥ 0, got -1"),
+        (lambda pair: pair.plan(2.0), ValueError, "rank must be an integer ≥ 0, got 2.0"),
+        (lambda pair: pair.permute([0, 0, 1, 2, 3, 4]), ValueError, r"order must be a permutation of range\(6\)"),
+    ],
+)
+def test_bad_changes_change_nothing(change, error, text):
+    pair, optimizer = make_trained()
+    before = snapshot(pair, optimizer)
+    with pytest.raises(error, match=text):
+        change(pair)
+    assert pair.rank == 6
+    assert_rows_equal(snapshot(pair, optimizer), before, slice(None))
+
+
+def test_construction_errors():
+    with pytest.raises(ValueError, match="r must be ≥ 0, got -1"):
+        RankedPair(K, N, -1)
+    with pytest.raises(ValueError, match="capacity must be at least r=4, got 3"):
+        RankedPair(K, N, 4, capacity=3)
+
+
+def test_an_optimizer_that_cannot_follow_is_refused_for_all_modules():
+    pairs = {"first": make_pair(), "second": make_pair()}
+    good = OPTIMIZERS["adamw"](list(pairs["first"].parameters()))
+    bad = RowStatistics(list(pairs["second"].parameters()))
+    pairs["first"].track(good)
+    pairs["second"].track(bad)
+    train_step(pairs["first"], good)
+    train_step(pairs["second"], bad)
+    before = snapshot(pairs["first"], good)
+    with pytest.raises(TypeError, match="second: rank change: optimizer state must be shaped like its parameter.*RowStatistics"):
+        commit_ranks(pairs, {"first": 2, "second": 2})
+    assert [pair.rank for pair in pairs.values()] == [6, 6]
+    assert_rows_equal(snapshot(pairs["first"], good), before, slice(None))
+
+
+def test_running_out_of_memory_while_planning_changes_nothing(monkeypatch):
+    pairs = {"first": make_pair(), "second": make_pair()}
+    before = {name: snapshot(pair) for name, pair in pairs.items()}
+    plan = RankedPair.plan
+
+    def fail_on_second(self, *args, **kwargs):
+        if self is pairs["second"]:
+            raise RuntimeError("out of memory")
+        return plan(self, *args, **kwargs)
+
+    monkeypatch.setattr(RankedPair, "plan", fail_on_second)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        commit_ranks(pairs, {"first": 2, "second": 2}, compact=True)
+    for name, pair in pairs.items():
+        assert_rows_equal(snapshot(pair), before[name], slice(None))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_are_independent_and_keep_parked_rows(clone):
+    pair, optimizer = make_trained()
+    full = snapshot(pair)
+    pair.narrow(2)
+    twin = clone(pair)
+    assert twin.rank == 2 and twin.optimizers == [] and twin.lora_B.t().is_contiguous()
+    with torch.no_grad():
+        pair.lora_A.zero_()
+    twin.grow(6)
+    assert_rows_equal(snapshot(twin), full, slice(None))
+
+
+def test_moving_the_module_takes_the_parked_rows_along():
+    pair = make_pair()
+    full = snapshot(pair)
+    pair.narrow(2)
+    pair.to(torch.float32)
+    assert pair.lora_A.dtype == torch.float32
+    pair.grow(6)
+    for name in FACTORS:
+        assert torch.equal(rows(name, getattr(pair, name).detach()), full[name, "data"].float())
+
+
+def test_assigned_parameters_are_noticed():
+    pair = make_pair()
+    full = snapshot(pair)
+    pair.narrow(2)
+    state = {name: torch.randn(value.shape, dtype=value.dtype) for name, value in pair.state_dict().items()}
+    pair.load_state_dict(state, assign=True)
+    pair.grow(6)
+    assert torch.equal(pair.lora_A[:2], state["lora_A"]) and torch.equal(pair.lora_B[:, :2], state["lora_B"])
+    assert torch.equal(pair.lora_A[2:], full["lora_A", "data"][2:])
+
+
+@pytest.mark.parametrize("rank", [0, 2, 9])
+def test_state_dict_of_another_rank_loads(rank):
+    source, target = make_pair(rank, seed=5), make_pair(6)
+    target.load_state_dict(source.state_dict())
+    assert target.rank == rank and torch.equal(target.lora_A, source.lora_A) and torch.equal(target.lora_B, source.lora_B)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    capacity=st.integers(1, 9),
+    changes=st.lists(st.tuples(st.sampled_from(["rank", "permute", "compact", "step"]), st.integers(0, 12)), max_size=12),
+)
+def test_any_sequence_of_changes_matches_a_model_of_rows(capacity, changes):
+    """Against a plain list of rows: the first `rank` active, the rest parked."""
+    pair, optimizer = make_trained(r=capacity, steps=1)
+    store = snapshot(pair, optimizer)
+    for kind, number in changes:
+        rank = pair.rank
+        if kind == "step":
+            train_step(pair, optimizer)
+            active = snapshot(pair, optimizer)
+            store = {key: torch.cat([active[key], value[rank:]]) for key, value in store.items()}
+        elif kind == "permute":
+            order = torch.randperm(rank, generator=torch.Generator().manual_seed(number)).tolist()
+            pair.permute(order)
+            store = {key: torch.cat([value[order], value[rank:]]) for key, value in store.items()}
+        elif kind == "compact":
+            pair.compact()
+            store = {key: value[:rank] for key, value in store.items()}
+        else:
+            pair.plan(number).commit()
+            added = max(0, number - len(store["lora_A", "data"]))
+            store = {key: torch.cat([value, value.new_zeros(added, value.shape[1])]) for key, value in store.items()}
+            if added:
+                store["lora_A", "data"][-added:] = pair.lora_A.detach()[-added:]
+        assert pair.capacity == len(store["lora_A", "data"])
+        assert_rows_equal(snapshot(pair, optimizer), store, slice(pair.rank))
