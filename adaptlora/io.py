@@ -233,9 +233,13 @@ class atomic_file:
         return self.temporary
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._replace()
+        finally:
             self.temporary.unlink(missing_ok=True)
-            return
+
+    def _replace(self) -> None:
         mask = os.umask(0)
         os.umask(mask)
         self.temporary.chmod(0o666 & ~mask)

@@ -1,0 +1,122 @@
+"""The callback: Trainer runs the whole method, with the same numbers as the raw loop."""
+
+import pytest
+import torch
+from models import bert_batch, tiny_bert
+from transformers import Trainer, TrainingArguments
+
+import adaptlora
+
+STEPS = 6
+
+
+def make(dtype=torch.float64, **fields):
+    # float64, because AdamW's first steps turn rounding noise in tiny gradients into whole steps.
+    base = {"r": 4, "target_r": 2, "lora_alpha": 8, "target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    if "schedule" not in fields:
+        base |= {"t_p": 3, "t_c": 4}
+    return adaptlora.attach(tiny_bert().to(dtype), adaptlora.NormALConfig(**base | fields))
+
+
+def examples(count):
+    data = bert_batch(size=count)
+    return [{key: value[i] for key, value in data.items()} for i in range(count)]
+
+
+def run_trainer(adapter, tmp_path, accumulation=1, **arguments):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        max_grad_norm=arguments.pop("max_grad_norm", 0.0),
+        report_to=[],
+        save_strategy=arguments.pop("save_strategy", "no"),
+        use_cpu=True,
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        **arguments,
+    )
+    trainer = Trainer(adapter.model, arguments, train_dataset=examples(4 * STEPS), callbacks=[adapter.callback()])
+    trainer.train()
+    return trainer
+
+
+def run_raw(adapter, accumulation=1, max_grad_norm=0.0):
+    """The same by hand. Trainer leaves the mean over micro-batches to models that take num_items_in_batch; BERT's
+    classification loss takes and ignores it, so what Trainer trains is the sum of the micro-batches' losses."""
+    adapter.model.train()
+    decayed = [p for p in adapter.parameters() if p.dim() > 1]
+    others = [p for p in adapter.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-2)
+    adapter.track(optimizer)
+    data = examples(4 * STEPS)
+    for step in range(STEPS):
+        rows = data[4 * step : 4 * step + 4]
+        inputs = {key: torch.stack([row[key] for row in rows]).chunk(accumulation) for key in rows[0]}
+        loss = sum(adapter.model(**{key: parts[i] for key, parts in inputs.items()}).loss for i in range(accumulation))
+        (loss + adapter.penalty()).backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(adapter.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.step(loss)
+
+
+@pytest.mark.parametrize("penalty_step", ["gradient", "proximal"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+def test_trainer_equals_the_raw_loop(penalty_step, accumulation, max_grad_norm, tmp_path):
+    eta = 0.02 if penalty_step == "gradient" else 1.0
+    by_trainer = make(penalty_step=penalty_step, eta_p=eta)
+    by_hand = make(penalty_step=penalty_step, eta_p=eta)
+    run_trainer(by_trainer, tmp_path, accumulation, max_grad_norm=max_grad_norm)
+    run_raw(by_hand, accumulation, max_grad_norm)
+    assert by_trainer.ranks() == by_hand.ranks() and set(by_hand.ranks().values()) != {4}
+    assert by_trainer.method.t == STEPS
+    for mine, expected in zip(by_trainer.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_penalty_reaches_the_weights(tmp_path):
+    with_penalty, without = make(eta_p=0.5), make(penalty="none")
+    run_trainer(with_penalty, tmp_path)
+    run_trainer(without, tmp_path)
+
+    def size(adapter):
+        return sum(layer.lora_A.norm() for layer in adapter.layers.values())
+
+    assert size(with_penalty) < 0.9 * size(without)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_adaptive_schedule_reads_the_loss(accumulation, tmp_path):
+    by_trainer = make(schedule="adaptive", min_steps=2, lambda_p=10.0, lambda_c=10.0)
+    by_hand = make(schedule="adaptive", min_steps=2, lambda_p=10.0, lambda_c=10.0)
+    run_trainer(by_trainer, tmp_path, accumulation)
+    run_raw(by_hand, accumulation)
+    assert (by_trainer.method.t_p, by_trainer.method.t_c) == (by_hand.method.t_p, by_hand.method.t_c) == (2, 3)
+    assert by_trainer.method.phase == "clipped" and by_trainer.ranks() == by_hand.ranks()
+    assert not by_trainer.model._forward_hooks
+
+
+def test_checkpoints_hold_a_peft_adapter(tmp_path):
+    adapter = make(torch.float32)
+    run_trainer(adapter, tmp_path, save_strategy="steps", save_steps=3)
+    early = adaptlora.load(tiny_bert(), tmp_path / "checkpoint-3" / "adapter")
+    late = adaptlora.load(tiny_bert(), tmp_path / "checkpoint-6" / "adapter")
+    assert set(early.ranks().values()) == {4} and late.ranks() == adapter.ranks()
+    with torch.no_grad():
+        adapter.model.eval()
+        expected = adapter.model(**bert_batch()).logits
+        torch.testing.assert_close(late.model(**bert_batch()).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision(tmp_path):
+    adapter = make(torch.float32)
+    run_trainer(adapter, tmp_path, bf16=True)
+    assert adapter.method.phase == "clipped"
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in adapter.parameters())
