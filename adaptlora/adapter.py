@@ -136,7 +136,9 @@ class Adapter:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not {id(p) for p in self.factors()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
-            raise ValueError("track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them")
+            raise ValueError(
+                "track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them"
+            )
         for layer in self.layers.values():
             layer.pair.track(optimizer)
 
@@ -274,7 +276,9 @@ class Adapter:
         factors = state["factors"]
         if factors.keys() != self.layers.keys():
             different = sorted(factors.keys() ^ self.layers.keys())
-            raise ValueError(f"load_state_dict: factors must name the adapter's modules, got a difference in {different[:5]}")
+            raise ValueError(
+                f"load_state_dict: factors must name the adapter's modules, got a difference in {different[:5]}"
+            )
         for name, pair in factors.items():
             io.check_pair("load_state_dict", name, pair["lora_A"], pair["lora_B"], self.layers[name])
         commit_ranks(

@@ -57,8 +57,12 @@ class LoraConfig:
     def __post_init__(self):
         _require(_is_int(self.r) and self.r > 0, self, "r", "must be an integer > 0")
         _require(_is_number(self.lora_alpha) and self.lora_alpha > 0, self, "lora_alpha", "must be a number > 0")
-        _require(_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, self, "lora_dropout", "must be in [0, 1)")
-        _require(bool(self.target_modules), self, "target_modules", 'must name modules (a list, a regex or "all-linear")')
+        _require(
+            _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, self, "lora_dropout", "must be in [0, 1)"
+        )
+        _require(
+            bool(self.target_modules), self, "target_modules", 'must name modules (a list, a regex or "all-linear")'
+        )
         for pattern in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, pattern).items():
                 positive = value > 0 if _is_number(value) else False
@@ -68,7 +72,10 @@ class LoraConfig:
         _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", 'must be "kaiming"')
         _require(_is_int(self.seed), self, "seed", "must be an integer")
         _require(
-            not isinstance(self.modules_to_save, str), self, "modules_to_save", "must be a list of names, not one string"
+            not isinstance(self.modules_to_save, str),
+            self,
+            "modules_to_save",
+            "must be a list of names, not one string",
         )
 
     def scaling(self, r: int, lora_alpha: float) -> float:
@@ -121,7 +128,9 @@ class NormALConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         _require(self.penalty in PENALTIES, self, "penalty", f"must be one of {', '.join(PENALTIES)}")
-        _require(self.penalty_step in ("gradient", "proximal"), self, "penalty_step", 'must be "gradient" or "proximal"')
+        _require(
+            self.penalty_step in ("gradient", "proximal"), self, "penalty_step", 'must be "gradient" or "proximal"'
+        )
         if self.eta_p is None:
             self.eta_p = 1e-3 if self.penalty_step == "gradient" else 1.0
         _require(_is_number(self.eta_p) and self.eta_p >= 0, self, "eta_p", "must be a number ≥ 0")

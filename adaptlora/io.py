@@ -62,7 +62,11 @@ class StoredAdapter:
             lora_dropout=self.config.get("lora_dropout", 0.0),
             target_modules="|".join(map(re.escape, self.factors)),
             modules_to_save=sorted(self.saved) or None,
-            rank_pattern={f"^{re.escape(name)}": A.shape[0] for name, (A, _) in self.factors.items() if A.shape[0] != self.config["r"]},
+            rank_pattern={
+                f"^{re.escape(name)}": A.shape[0]
+                for name, (A, _) in self.factors.items()
+                if A.shape[0] != self.config["r"]
+            },
             use_rslora=bool(self.config.get("use_rslora")),
         )
 
@@ -107,7 +111,9 @@ def read(path) -> StoredAdapter:
     for name, pair in halves.items():
         if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].shape[:1] != pair["lora_B"].shape[1:]:
             shapes = {factor: tuple(tensor.shape) for factor, tensor in pair.items()}
-            raise ValueError(f"load: {weights}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}")
+            raise ValueError(
+                f"load: {weights}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}"
+            )
         factors[name] = pair["lora_A"], pair["lora_B"]
         expected = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
         if pair["lora_A"].shape[0] != expected:
@@ -167,7 +173,12 @@ def _peft_config(adapter) -> dict:
         "modules_to_save": list(adapter.saved) or None,
         "rank_pattern": _pattern({name: rank for name, rank in ranks.items() if rank != config.r}, ranks),
         "alpha_pattern": _pattern(
-            {name: alpha for name, alpha in alphas.items() if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12)}, ranks
+            {
+                name: alpha
+                for name, alpha in alphas.items()
+                if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12)
+            },
+            ranks,
         ),
         "use_rslora": config.use_rslora,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
@@ -187,7 +198,10 @@ def _task_type(adapter) -> str | None:
 
 def _pattern(values: dict, names) -> dict:
     """`values` keyed for PEFT, which matches suffixes: a name that ends another adapted name is anchored at its start."""
-    return {f"^{name}" if any(other.endswith(f".{name}") for other in names) else name: value for name, value in values.items()}
+    return {
+        f"^{name}" if any(other.endswith(f".{name}") for other in names) else name: value
+        for name, value in values.items()
+    }
 
 
 def _target_modules(adapter, names: list[str]) -> list[str] | str:

@@ -31,7 +31,9 @@ def _is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
     )
 
 
-def uniform_rows(count: int, K: int, generator: torch.Generator | None, like: torch.Tensor | None = None) -> torch.Tensor:
+def uniform_rows(
+    count: int, K: int, generator: torch.Generator | None, like: torch.Tensor | None = None
+) -> torch.Tensor:
     """`count` rows of PEFT's initial A: U(−1/√K, 1/√K), which is kaiming_uniform with a = √5; drawn on the CPU in float32."""
     bound = 1 / math.sqrt(K) if K else 0.0
     rows = torch.empty(count, K).uniform_(-bound, bound, generator=generator)
@@ -94,7 +96,9 @@ class RankedPair(nn.Module):
     Raises: ValueError (r < 0, capacity < r).
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int, *, capacity=None, generator=None, dtype=None, device=None):
+    def __init__(
+        self, in_features: int, out_features: int, r: int, *, capacity=None, generator=None, dtype=None, device=None
+    ):
         super().__init__()
         capacity = r if capacity is None else capacity
         if r < 0:

@@ -53,7 +53,9 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     adapted = next((name for name, module in modules.items() if isinstance(module, LoraLinear)), None)
     if adapted is not None:
-        raise ValueError(f"{op}: model must not be adapted already; {adapted!r} is a LoraLinear (detach or merge it first)")
+        raise ValueError(
+            f"{op}: model must not be adapted already; {adapted!r} is a LoraLinear (detach or merge it first)"
+        )
     linear = {name: module for name, module in modules.items() if name and is_linear(module)}
     spec = config.target_modules
     if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
@@ -63,7 +65,9 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
         chosen = {name: module for name, module in modules.items() if name and matches(spec, name)}
         for entry in [] if isinstance(spec, str) else spec:
             if not any(matches([entry], name) for name in modules):
-                raise ValueError(f"{op}: target_modules must name modules of the model, got {entry!r}; linear ones: {_some(linear)}")
+                raise ValueError(
+                    f"{op}: target_modules must name modules of the model, got {entry!r}; linear ones: {_some(linear)}"
+                )
     chosen = {
         name: module
         for name, module in chosen.items()
@@ -71,9 +75,13 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
     }
     for name, module in chosen.items():
         if name not in linear:
-            raise TypeError(f"{op}: target_modules must be nn.Linear or Conv1D, got {type(module).__name__} at {name!r}")
+            raise TypeError(
+                f"{op}: target_modules must be nn.Linear or Conv1D, got {type(module).__name__} at {name!r}"
+            )
     if not chosen:
-        raise ValueError(f"{op}: target_modules must match at least one module, got {spec!r}; linear ones: {_some(linear)}")
+        raise ValueError(
+            f"{op}: target_modules must match at least one module, got {spec!r}; linear ones: {_some(linear)}"
+        )
     return chosen
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptlora
+import adaptlora.ops.flops
 from adaptlora.nn import LoraLinear
 from adaptlora.ops import lora_linear, lora_linear_ref
 
@@ -20,7 +21,14 @@ def clipped(target_r, dtype=torch.float32, **fields):
     """A trained adapter stopped right before its clip, and the same one after it: (before, after, optimizer after)."""
     model = Net(dtype)
     config = adaptlora.NormALConfig(
-        r=FULL, target_r=target_r, lora_alpha=16, target_modules="all-linear", t_p=3, t_c=4, penalty_step="proximal", **fields
+        r=FULL,
+        target_r=target_r,
+        lora_alpha=16,
+        target_modules="all-linear",
+        t_p=3,
+        t_c=4,
+        penalty_step="proximal",
+        **fields,
     )
     adapter = adaptlora.attach(model, config)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
@@ -53,7 +61,9 @@ def test_parameters_storage_gradients_and_optimizer_state_fall_with_the_ranks(ta
     assert (before["adapter_bytes"], after["adapter_bytes"]) == (4 * full, 4 * size)
     assert (before["gradient_bytes"], after["gradient_bytes"]) == (4 * full, 4 * size)
     assert (before["optimizer_bytes"], after["optimizer_bytes"]) == (8 * full, 8 * size)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for p in adapter.parameters() for t in (p, p.grad)}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for p in adapter.parameters() for t in (p, p.grad)
+    }
     assert sum(storages.values()) == 8 * size
     state = [v for p in adapter.factors() for v in optimizer.state[p].values() if v.dim()]
     assert sum(v.untyped_storage().nbytes() for v in state) == 8 * size

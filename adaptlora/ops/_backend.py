@@ -24,7 +24,9 @@ def extension():
     try:
         module = importlib.import_module("adaptlora._C")
     except ImportError as error:
-        raise ImportError(f"adaptlora: the C++ extension does not load with torch {torch.__version__}; {rebuild}") from error
+        raise ImportError(
+            f"adaptlora: the C++ extension does not load with torch {torch.__version__}; {rebuild}"
+        ) from error
     built, running = module.torch_version.split("+")[0], torch.__version__.split("+")[0]
     if built != running:
         raise ImportError(f"adaptlora: the C++ extension was built for torch {built} but {running} runs; {rebuild}")
@@ -56,7 +58,9 @@ def _choose(device: str, dtype: torch.dtype, override: str | None, interpret: bo
                 return "reference", "triton is not installed"
             raise ValueError("ADAPTLORA_BACKEND=triton, but triton is not installed")
         if device != "cuda" and not interpret:
-            raise ValueError(f"ADAPTLORA_BACKEND=triton runs on cuda tensors (or with TRITON_INTERPRET=1), got {device}")
+            raise ValueError(
+                f"ADAPTLORA_BACKEND=triton runs on cuda tensors (or with TRITON_INTERPRET=1), got {device}"
+            )
         return "triton", "cuda tensors" if override is None else "ADAPTLORA_BACKEND=triton"
     if override == "cpp" or (override is None and device == "cpu"):
         if extension() is None:

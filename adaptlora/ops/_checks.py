@@ -27,9 +27,7 @@ def check_factors(op: str, lora_A, lora_B, K: int | None = None, N: int | None =
             f"{op}: lora_B must have shape (N, R) with R={lora_A.shape[0]} (lora_A.shape[0]), got {tuple(lora_B.shape)}"
         )
     if N is not None and lora_B.shape[0] != N:
-        raise ValueError(
-            f"{op}: lora_B must have shape (N, R) with N={N} (weight.shape[0]), got {tuple(lora_B.shape)}"
-        )
+        raise ValueError(f"{op}: lora_B must have shape (N, R) with N={N} (weight.shape[0]), got {tuple(lora_B.shape)}")
     if lora_A.device != lora_B.device:
         raise ValueError(f"{op}: lora_B must be on the device of lora_A, {lora_A.device}, got {lora_B.device}")
 
@@ -41,11 +39,15 @@ def check_factor_lists(op: str, lora_As, lora_Bs) -> None:
     for i, (lora_A, lora_B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
         check_factors(f"{op}: pair {i}", lora_A, lora_B)
         if lora_A.device != lora_As[0].device:
-            raise ValueError(f"{op}: pair {i} must be on the device of pair 0, {lora_As[0].device}, got {lora_A.device}")
+            raise ValueError(
+                f"{op}: pair {i} must be on the device of pair 0, {lora_As[0].device}, got {lora_A.device}"
+            )
         if (lora_A.dtype == torch.float64) != (lora_As[0].dtype == torch.float64) or (
             (lora_B.dtype == torch.float64) != (lora_As[0].dtype == torch.float64)
         ):
-            raise TypeError(f"{op}: pair {i} must be float64 if and only if pair 0 is, got {lora_A.dtype}, {lora_B.dtype}")
+            raise TypeError(
+                f"{op}: pair {i} must be float64 if and only if pair 0 is, got {lora_A.dtype}, {lora_B.dtype}"
+            )
 
 
 def check_dropout(op: str, p: float) -> None:

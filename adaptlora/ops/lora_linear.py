@@ -1,10 +1,7 @@
 """The LoRA linear layer: y = x Wᵀ + bias + scaling · drop(x) Aᵀ diag(E) Bᵀ and its gradients.  [LoRA, arXiv:2106.09685, eq. 3]"""
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from . import _backend
 from ._checks import FLOATS, check_dropout, check_factors, check_finite_number, check_tensor
@@ -72,7 +69,9 @@ def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dro
         if kernels is None:
             y, s = _forward_ref(x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, seed)
         else:
-            y, s = kernels.lora_linear(x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, threshold(dropout_p), seed)
+            y, s = kernels.lora_linear(
+                x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, threshold(dropout_p), seed
+            )
         return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -114,22 +113,13 @@ def _(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
 def _(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
     none = x.new_empty(0)
     dB = lora_B.new_empty(lora_B.shape[::-1]).t()
-    likes = (x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), dB, rank_scale.new_empty(rank_scale.shape) if need[3] else none)
+    likes = (
+        x.new_empty(x.shape),
+        lora_A.new_empty(lora_A.shape),
+        dB,
+        rank_scale.new_empty(rank_scale.shape) if need[3] else none,
+    )
     return tuple(like if needed else x.new_empty(0) for like, needed in zip(likes, need, strict=True))
-
-
-@register_flop_formula(torch.ops.adaptlora.lora_linear)
-def _(x, weight, bias, lora_A, lora_B, *rest, out_shape=None, **kwargs) -> int:
-    M, (N, K), R = math.prod(x[:-1]), weight, lora_A[0]
-    return 2 * M * (N * K + R * (K + N))
-
-
-@register_flop_formula(torch.ops.adaptlora.lora_linear_backward)
-def _(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs) -> int:
-    M, (N, K), R = math.prod(dy[:-1]), weight, lora_A[0]
-    dx, dA, dB, dE = need
-    products = (dx * N * K, (dx or dA) * R * N, dx * R * K, dA * R * K, (dB or dE) * R * N)
-    return 2 * M * sum(products)
 
 
 def _setup_context(ctx, inputs, output):
@@ -189,7 +179,9 @@ def _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p) -> N
     check_dropout(OP, dropout_p)
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, *, scaling=1.0, rank_scale=None, dropout_p=0.0, seed=None) -> torch.Tensor:
+def lora_linear(
+    x, weight, bias, lora_A, lora_B, *, scaling=1.0, rank_scale=None, dropout_p=0.0, seed=None
+) -> torch.Tensor:
     """
     y = x Wᵀ + bias + scaling · drop(x) Aᵀ diag(E) Bᵀ          [LoRA, arXiv:2106.09685, eq. 3]
 
@@ -207,7 +199,11 @@ def lora_linear(x, weight, bias, lora_A, lora_B, *, scaling=1.0, rank_scale=None
     Raises: ValueError (shape, device, range, unfrozen base), TypeError (dtype).
     Saved for backward: x, S = drop(x) Aᵀ (M, R), A, B and the seed; no mask.   Deterministic: yes.
     """
-    if isinstance(x, torch.Tensor) and torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if (
+        isinstance(x, torch.Tensor)
+        and torch.amp.is_autocast_available(x.device.type)
+        and torch.is_autocast_enabled(x.device.type)
+    ):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)

@@ -1,0 +1,63 @@
+# make demo   fine-tune MiniLM on TREC-6 with NormAL and show what the pruning saved
+# make test   the whole suite        (both create .venv first, if there is none)
+# make help   the rest
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTENSION_SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help venv test demo demo-short demo-e2e data data-e2e bench bench-quick lint clean
+
+help:
+	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
+	@echo "make demo-e2e    SmolLM2-135M + E2E: perplexity and BLEU before and after"
+	@echo "make test        the whole test suite"
+	@echo "make lint        ruff"
+	@echo "make bench       every benchmark, ratios printed and written to bench/results/"
+	@echo "make data        the demo's model and data, once, into .data/"
+	@echo "make venv        the environment alone;  PYTHON=... chooses the interpreter"
+
+$(VENV)/.requirements: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(INSTALLED): $(VENV)/.requirements pyproject.toml $(EXTENSION_SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+venv: $(INSTALLED)
+
+data: venv
+	$(BIN)/python -m adaptlora.finetune.fetch trec
+
+data-e2e: venv
+	$(BIN)/python -m adaptlora.finetune.fetch e2e
+
+demo: data
+	$(BIN)/adaptlora finetune --preset trec --output runs/trec
+
+demo-short: data
+	$(BIN)/adaptlora finetune --preset trec --short --output runs/trec-short
+
+demo-e2e: data-e2e
+	$(BIN)/adaptlora finetune --preset e2e --output runs/e2e
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: data
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-only -s
+
+bench-quick: data
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-only --quick -s
+
+clean:
+	rm -rf build dist *.egg-info adaptlora/*.so runs

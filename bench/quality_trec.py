@@ -1,0 +1,118 @@
+"""Test accuracy of MiniLM on TREC-6 over seeds: NormAL at average rank 4 and 2 beside plain LoRA, same steps and batches.
+
+    python bench/quality_trec.py --seeds 3            # every variant; resumable: finished runs are not repeated
+    python bench/quality_trec.py --only lora-r8 --seeds 5
+
+The preset's schedule and penalty step were chosen by this table. One run is one to two minutes on one thread; results go to
+bench/results/quality_trec.json as they come, and the table of means and standard deviations is printed at the end.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from adaptlora import doctor
+from adaptlora.finetune import preset, run
+from adaptlora.io import atomic_file
+
+RESULTS = Path(__file__).parent / "results" / "quality_trec.json"
+
+
+def normal(target_r=4.0, t_p=60, t_c=70, penalty_step="proximal", **options):
+    fields = {"method": "normal", "target_r": target_r, "t_p": t_p, "t_c": t_c, "penalty_step": penalty_step}
+    return fields | {"options": options}
+
+
+VARIANTS = {
+    "lora-r8": {"method": "lora", "r": 8},
+    "lora-r4": {"method": "lora", "r": 4},
+    "lora-r2": {"method": "lora", "r": 2},
+    "normal-4-proximal": normal(),
+    "normal-4-gradient": normal(penalty_step="gradient"),
+    "normal-4-proximal-eta3": normal(eta_p=3.0),
+    "normal-4-proximal-early": normal(t_p=30, t_c=40),
+    "normal-4-proximal-late": normal(t_p=90, t_c=100),
+    "normal-4-no-penalty": normal(penalty="none"),
+    "normal-2-proximal": normal(target_r=2.0),
+    "normal-2-gradient": normal(target_r=2.0, penalty_step="gradient"),
+}
+
+
+def spec_of(variant: str, seed: int, data_dir: str):
+    fields = VARIANTS[variant]
+    base = dataclasses.replace(preset("trec"), compare=False, seed=seed, data_dir=data_dir, options={})
+    if fields["method"] == "lora":
+        # alpha / r is kept, so that ranks differ in capacity and not in step size.
+        fields = fields | {"lora_alpha": base.lora_alpha * fields["r"] / base.r}
+    return dataclasses.replace(base, **fields)
+
+
+def load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"runs": {}}
+
+
+def store(key: str, result: dict) -> None:
+    # Read again first: several processes may share the file, one variant each.
+    results = load()
+    results["machine"], results["versions"] = doctor.machine(), doctor.versions()
+    results["runs"][key] = result
+    with atomic_file(RESULTS) as temporary:
+        temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def table() -> str:
+    by_variant: dict[str, list[dict]] = {}
+    for key, result in load()["runs"].items():
+        by_variant.setdefault(key.rsplit("/", 1)[0], []).append(result)
+    lines = ["| variant | seeds | accuracy | std | at the clip | adapter parameters |", "|---|---|---|---|---|---|"]
+    for variant in VARIANTS:
+        runs = by_variant.get(variant)
+        if runs:
+            accuracy = [r["accuracy"] for r in runs]
+            clip = [r["clip"] for r in runs if r["clip"] is not None]
+            cells = (
+                variant,
+                len(runs),
+                f"{statistics.mean(accuracy):.4f}",
+                f"{statistics.stdev(accuracy):.4f}" if len(runs) > 1 else "–",
+                f"{statistics.mean(clip):.4f}" if clip else "–",
+                round(statistics.mean(r["parameters"] for r in runs)),
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data-dir", default=".data")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; two processes of one thread each share two cores"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for seed in range(options.seeds):
+        for variant in options.only:
+            key = f"{variant}/{seed}"
+            if key in load()["runs"]:
+                continue
+            report = run(spec_of(variant, seed, options.data_dir))
+            scores, sizes = report.scores["ours"], report.sizes
+            result = {
+                "accuracy": scores["end"]["accuracy"],
+                "clip": scores.get("clip", {}).get("accuracy"),
+                "parameters": sizes.get("after", sizes["before"])["adapter_parameters"],
+                "ranks": list(report.ranks.values()),
+            }
+            store(key, result)
+            print(key, result["accuracy"], f"{report.total_seconds:.0f} s", flush=True)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Installing: sdist → wheel with the extension, `pip install .` and `-e .` without it, each in a fresh environment.
+
+A fresh environment is a venv of its own whose dependencies (torch above all) are those of the environment that runs the suite.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A layer through the op, the ops' namespace, the kernels' package, and what another package called `kernels` sees.
+CHECK = """
+import os, sys
+import torch, adaptlora
+from adaptlora.ops import _backend
+layer = adaptlora.nn.LoraLinear(torch.nn.Linear(5, 4), 2)
+layer(torch.ones(3, 5)).sum().backward()
+assert layer.lora_A.grad.shape == (2, 5)
+import adaptlora.kernels, importlib.util
+assert importlib.util.find_spec("adaptlora.kernels.lora_linear") is not None
+import kernels
+assert kernels.OTHER == "another package", kernels
+print(os.path.dirname(adaptlora.__file__), _backend.choose(torch.ones(1)), "triton" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """The files of a fresh clone, without built or fetched ones."""
+    target = tmp_path_factory.mktemp("checkout") / "adaptlora"
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".data", "*.so", "build", "dist", "runs", "__pycache__", "*.egg-info", ".*_cache"
+    )
+    shutil.copytree(ROOT, target, ignore=ignored)
+    return target
+
+
+class Environment:
+    def __init__(self, folder: Path):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        self.python = folder / "bin" / "python"
+        site = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        # Dependencies only: the suite's own editable install of adaptlora stays invisible, since .pth files are not followed.
+        outer = sysconfig.get_path("purelib")
+        (site / "_outer.pth").write_text(f"import sys; sys.path.append({outer!r})\n")
+        other = site / "kernels"
+        other.mkdir()
+        (other / "__init__.py").write_text('OTHER = "another package"\n')
+
+    def run(self, *arguments, cwd, **variables):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ADAPTLORA", "PYTHON", "TRITON"))}
+        process = subprocess.run(
+            [self.python, *arguments], cwd=cwd, env=environment | variables, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout + process.stderr
+
+    def install(self, *arguments, cwd, **variables):
+        options = ("--disable-pip-version-check", "--no-build-isolation", "--no-deps", "--no-index")
+        return self.run("-m", "pip", "install", *options, *arguments, cwd=cwd, **variables)
+
+    def check(self, cwd):
+        return self.run("-c", CHECK, cwd=cwd).split()
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return Environment(tmp_path / "env")
+
+
+@pytest.mark.slow
+def test_sdist_to_wheel_with_the_extension(checkout, environment, tmp_path):
+    build = ("-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"))
+    environment.run(*build, "--sdist", ".", cwd=checkout)
+    (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
+    environment.run(
+        "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", "dist", str(sdist), cwd=tmp_path
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("adaptlora/_C.") for name in names) and "adaptlora/kernels/lora_linear.py" in names
+    assert {name.split("/")[0] for name in names} == {"adaptlora", names[-1].split("/")[0]}
+    environment.install(str(wheel), cwd=tmp_path)
+    folder, backend, triton = environment.check(cwd=tmp_path)
+    assert "site-packages" in folder and (backend, triton) == ("cpp", "False")
+    doctor = environment.run("-m", "adaptlora.cli", "doctor", cwd=tmp_path)
+    assert "cpp" in doctor
+
+
+@pytest.mark.slow
+def test_plain_install_without_a_compiler(checkout, environment, tmp_path):
+    environment.install(".", cwd=checkout, ADAPTLORA_NO_EXT="1")
+    folder, backend, _ = environment.check(cwd=tmp_path)
+    assert "site-packages" in folder and backend == "reference"
+    assert "the C++ extension is not built" in environment.run("-m", "adaptlora.cli", "doctor", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["compat", "strict"])
+def test_editable_install(mode, checkout, environment, tmp_path):
+    environment.install("-e", ".", "--config-settings", f"editable_mode={mode}", cwd=checkout, ADAPTLORA_NO_EXT="1")
+    assert environment.check(cwd=tmp_path)[1] == "reference"
+    # From the checkout itself its folder kernels/ must not hide the other package either.
+    assert environment.check(cwd=checkout)[1] == "reference"
+    shutil.rmtree(checkout / "build", ignore_errors=True)
