@@ -26,7 +26,8 @@ def test_the_raw_loop(tmp_path):
     out = tmp_path / "out"
 
     adapter = adaptlora.attach(
-        model, adaptlora.NormALConfig(r=8, target_r=4, lora_alpha=16, target_modules="all-linear", min_steps=2, max_steps=4)
+        model,
+        adaptlora.NormALConfig(r=8, target_r=4, lora_alpha=16, target_modules="all-linear", min_steps=2, max_steps=4),
     )
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     adapter.track(optimizer)
@@ -252,7 +253,11 @@ def test_an_optimizer_that_is_not_tracked_stops_the_step_before_anything_changes
         adapter.step(1.0)
     after = adapter.state_dict()
     assert after["method"] == before["method"]
-    assert all(torch.equal(after["factors"][n][f], before["factors"][n][f]) for n in adapter.layers for f in ("lora_A", "lora_B"))
+    assert all(
+        torch.equal(after["factors"][n][f], before["factors"][n][f])
+        for n in adapter.layers
+        for f in ("lora_A", "lora_B")
+    )
     optimizer = torch.optim.AdamW(adapter.parameters())
     adapter.track(optimizer)
     assert adapter.step(1.0) is not None

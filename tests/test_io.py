@@ -76,10 +76,14 @@ def test_load_restores_ranks_scalings_and_outputs(name, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 7}}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True}, {"rank_pattern": {"query": 2}, "alpha_pattern": {"query": 7}}]
+)
 @pytest.mark.parametrize("targets", ["all-linear", ["key", "dense"]])
 def test_loads_what_peft_saved(fields, targets, tmp_path):
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS", init_lora_weights=False, **fields)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, task_type="SEQ_CLS", init_lora_weights=False, **fields
+    )
     theirs = peft.get_peft_model(tiny_bert(), config).eval()
     with torch.no_grad():
         for name, p in theirs.named_parameters():
@@ -160,7 +164,9 @@ def test_a_failed_save_leaves_the_old_adapter(victim, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(*{"save_file": (io, "save_file"), "replace": (os, "replace"), "fsync": (os, "fsync")}[victim], fail)
+    monkeypatch.setattr(
+        *{"save_file": (io, "save_file"), "replace": (os, "replace"), "fsync": (os, "fsync")}[victim], fail
+    )
     with pytest.raises(OSError, match="disk full"):
         adapter.save(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -203,14 +209,22 @@ def truncate(path):
 
 DAMAGE = {
     "no config": (lambda p: (p / io.CONFIG_FILE).unlink(), FileNotFoundError, "adapter_config.json is missing"),
-    "no weights": (lambda p: (p / io.WEIGHTS_FILE).unlink(), FileNotFoundError, r"adapter_model.safetensors is missing \(only"),
+    "no weights": (
+        lambda p: (p / io.WEIGHTS_FILE).unlink(),
+        FileNotFoundError,
+        r"adapter_model.safetensors is missing \(only",
+    ),
     "config cut": (lambda p: (p / io.CONFIG_FILE).write_text('{"r": '), ValueError, "adapter_config.json must be JSON"),
     "weights cut": (truncate, ValueError, "adapter_model.safetensors must be a whole safetensors file"),
     "other method": (lambda p: edit_config(p, peft_type="IA3"), ValueError, "peft_type must be \"LORA\", got 'IA3'"),
     "dora": (lambda p: edit_config(p, use_dora=True), ValueError, "use_dora is not supported .DoRA scales"),
     "bias": (lambda p: edit_config(p, bias="all"), ValueError, "bias must be \"none\", got 'all'"),
     "no rank": (lambda p: edit_config(p, r=0), ValueError, "r must be a number > 0, got 0"),
-    "other rank": (lambda p: edit_config(p, r=5), ValueError, "must have the rank that adapter_config.json gives, 5, got 6"),
+    "other rank": (
+        lambda p: edit_config(p, r=5),
+        ValueError,
+        "must have the rank that adapter_config.json gives, 5, got 6",
+    ),
     "half a pair": (
         lambda p: edit_tensors(p, lambda t: t.pop(first_key(t, "lora_B"))),
         ValueError,

@@ -84,7 +84,9 @@ def test_every_module_keeps_one_even_when_its_vectors_are_zero():
 
 @pytest.mark.parametrize("budget", [1, 7, 0, -3])
 def test_budget_out_of_range(budget):
-    with pytest.raises(ValueError, match=rf"between 2 \(one rank for each module\) and 6 \(all ranks together\), got {budget}"):
+    with pytest.raises(
+        ValueError, match=rf"between 2 \(one rank for each module\) and 6 \(all ranks together\), got {budget}"
+    ):
         budget_ranks([[1.0, 0.5, 0.5]] * 2, budget)
 
 
@@ -221,7 +223,10 @@ def test_kept_vectors_and_state_survive_bit_for_bit():
     (task + adapter.penalty()).backward()
     optimizer.step()
     optimizer.zero_grad()
-    before = {id(p): {"p": p.detach().clone()} | {k: v.clone() for k, v in optimizer.state[p].items()} for p in adapter.factors()}
+    before = {
+        id(p): {"p": p.detach().clone()} | {k: v.clone() for k, v in optimizer.state[p].items()}
+        for p in adapter.factors()
+    }
     assert adapter.step(task) is not None
     for layer in adapter.layers.values():
         for parameter, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
@@ -316,7 +321,7 @@ def test_adaptive_needs_the_loss():
         ({"target_modules": []}, "target_modules must name modules"),
         ({"rank_pattern": {"first": 0}}, r"rank_pattern\['first'\] must be > 0, got 0"),
         ({"alpha_pattern": {"first": -1}}, r"alpha_pattern\['first'\] must be > 0, got -1"),
-        ({"bias": "all"}, 'bias must be "none", got \'all\''),
+        ({"bias": "all"}, "bias must be \"none\", got 'all'"),
         ({"modules_to_save": "classifier"}, "modules_to_save must be a list"),
         ({"penalty": "exp"}, "penalty must be one of sqrt, linear, square, cube, log, none, got 'exp'"),
         ({"penalty_step": "late"}, "penalty_step must be"),

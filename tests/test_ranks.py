@@ -261,7 +261,9 @@ def test_an_optimizer_that_cannot_follow_is_refused_for_all_modules():
     train_step(pairs["first"], good)
     train_step(pairs["second"], bad)
     before = snapshot(pairs["first"], good)
-    with pytest.raises(TypeError, match="second: rank change: optimizer state must be shaped like its parameter.*RowStatistics"):
+    with pytest.raises(
+        TypeError, match="second: rank change: optimizer state must be shaped like its parameter.*RowStatistics"
+    ):
         commit_ranks(pairs, {"first": 2, "second": 2})
     assert [pair.rank for pair in pairs.values()] == [6, 6]
     assert_rows_equal(snapshot(pairs["first"], good), before, slice(None))
@@ -286,7 +288,7 @@ def test_running_out_of_memory_while_planning_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_copies_are_independent_and_keep_parked_rows(clone):
-    pair, optimizer = make_trained()
+    pair, _ = make_trained()
     full = snapshot(pair)
     pair.narrow(2)
     twin = clone(pair)
@@ -323,13 +325,17 @@ def test_assigned_parameters_are_noticed():
 def test_state_dict_of_another_rank_loads(rank):
     source, target = make_pair(rank, seed=5), make_pair(6)
     target.load_state_dict(source.state_dict())
-    assert target.rank == rank and torch.equal(target.lora_A, source.lora_A) and torch.equal(target.lora_B, source.lora_B)
+    assert (
+        target.rank == rank and torch.equal(target.lora_A, source.lora_A) and torch.equal(target.lora_B, source.lora_B)
+    )
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     capacity=st.integers(1, 9),
-    changes=st.lists(st.tuples(st.sampled_from(["rank", "permute", "compact", "step"]), st.integers(0, 12)), max_size=12),
+    changes=st.lists(
+        st.tuples(st.sampled_from(["rank", "permute", "compact", "step"]), st.integers(0, 12)), max_size=12
+    ),
 )
 def test_any_sequence_of_changes_matches_a_model_of_rows(capacity, changes):
     """Against a plain list of rows: the first `rank` active, the rest parked."""

@@ -35,7 +35,9 @@ def test_same_modules_as_peft(spec, exclude):
         return
     prefix = "base_model.model."
     expected = [
-        name.removeprefix(prefix) for name, module in wrapped.named_modules() if isinstance(module, peft.tuners.lora.Linear)
+        name.removeprefix(prefix)
+        for name, module in wrapped.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
     ]
     assert list(find_targets(tiny_bert(), config(target_modules=spec, exclude_modules=exclude))) == expected
 
@@ -90,7 +92,11 @@ def test_first_matching_pattern_wins():
 @pytest.mark.parametrize(
     ("fields", "error", "text"),
     [
-        ({"target_modules": ["frist"]}, ValueError, "attach: target_modules must name modules.*got 'frist'; linear ones: first, second"),
+        (
+            {"target_modules": ["frist"]},
+            ValueError,
+            "attach: target_modules must name modules.*got 'frist'; linear ones: first, second",
+        ),
         ({"target_modules": ["first", "nope"]}, ValueError, "got 'nope'"),
         ({"target_modules": "nope.*"}, ValueError, "target_modules must match at least one module, got 'nope"),
         ({"target_modules": ["first"], "exclude_modules": ["first"]}, ValueError, "must match at least one module"),

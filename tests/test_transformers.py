@@ -51,7 +51,9 @@ def run_raw(adapter, accumulation=1, max_grad_norm=0.0):
     adapter.model.train()
     decayed = [p for p in adapter.parameters() if p.dim() > 1]
     others = [p for p in adapter.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-2
+    )
     adapter.track(optimizer)
     data = examples(4 * STEPS)
     for step in range(STEPS):

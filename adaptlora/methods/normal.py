@@ -92,7 +92,9 @@ class NormAL:
     def needs_optimizer(self) -> bool:
         if self.clipped:
             return False
-        may_clip = self.t + 1 == self.t_c or (self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps)
+        may_clip = self.t + 1 == self.t_c or (
+            self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps
+        )
         return may_clip or self._shrinks()
 
     def penalty(self) -> torch.Tensor | None:
@@ -117,7 +119,12 @@ class NormAL:
 
     def _shrink(self, optimizers) -> None:
         """The proximal step of lr · η_p · P; each factor has the learning rate of its parameter group."""
-        rates = {p: float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        rates = {
+            p: float(group["lr"])
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         by_rates: dict[tuple[float, float], tuple[list, list]] = {}
         for layer in self.layers.values():
             lora_As, lora_Bs = by_rates.setdefault((rates[layer.lora_A], rates[layer.lora_B]), ([], []))

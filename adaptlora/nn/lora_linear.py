@@ -14,7 +14,11 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `LoraLinear` can wrap the module: nn.Linear (not a quantised subclass) or transformers' Conv1D."""
-    return type(module) is nn.Linear or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or _is_conv1d(module)
+    return (
+        type(module) is nn.Linear
+        or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        or _is_conv1d(module)
+    )
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
