@@ -1,0 +1,198 @@
+"""What a fine-tuning run is: one dataclass, and the table of presets, whose numbers stand here and nowhere else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+TASKS = ("classification", "causal-lm")
+METHODS = ("normal", "lora")
+
+
+@dataclass(frozen=True)
+class FinetuneSpec:
+    """A fine-tuning run, completely: the same spec on the same machine gives the same ranks and accuracies.
+
+    Raises: ValueError on construction (argument, rule, value).
+    """
+
+    model: str  # a transformers folder, or "@minilm", "@smollm2": fetched by adaptlora.finetune.fetch
+    data: str  # a .csv or .jsonl file, or "@trec", "@e2e"
+    task: str = "classification"
+    eval_data: str | None = None  # None: a part of `data` is held out
+    data_dir: str = ".data"  # where fetched and converted things are kept
+
+    text_column: str = "text"
+    label_column: str | None = (
+        None  # classification: "label"; causal-lm: the text to learn, after text_column as its prompt
+    )
+    chat: bool = False  # causal-lm: put prompts into the tokenizer's chat template
+    holdout: int | None = None  # texts (or prompts) held out for the test; None: a fifth, at most 1,000
+    split_seed: int = 0  # on its own, so that runs with several seeds are tested on the same examples
+    test_limit: int | None = None  # evaluate on the first so many test examples only
+    max_length: int = 128
+
+    method: str = "normal"
+    r: int = 8
+    target_r: float | None = 4.0
+    threshold: float | None = None  # instead of target_r
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    t_p: int | None = None  # None: a third of the steps
+    t_c: int | None = None  # None: 7/18 of the steps
+    penalty_step: str = "proximal"
+    options: Mapping[str, object] = field(
+        default_factory=dict
+    )  # further fields of the method's configuration; they win
+
+    steps: int = 180
+    batch_size: int = 32
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    warmup: int = 0  # steps over which the learning rate rises linearly from 0
+    decay: bool = False  # whether it falls linearly to 0 afterwards
+    model_dropout: float | None = None  # the model's own dropout; None: as its configuration says
+    seed: int = 0
+
+    generate: int = 40  # causal-lm with prompts: how many of them BLEU is computed on (0: no BLEU)
+    new_tokens: int = 64
+    compare: bool = True  # train PEFT's LoRA of rank r on the same batches, for the ratios
+    device: str = "auto"
+
+    def __post_init__(self):
+        def rule(name, holds, text):
+            if not holds:
+                raise ValueError(f"finetune: {name} must be {text}, got {getattr(self, name)!r}")
+
+        rule("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
+        rule("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        for name in ("steps", "batch_size", "max_length", "new_tokens"):
+            rule(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "generate", "seed"):
+            rule(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("holdout", "test_limit"):
+            rule(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        rule("lr", self.lr > 0, "greater than 0")
+        rule("weight_decay", self.weight_decay >= 0, "at least 0")
+        rule("chat", not self.chat or self.task == "causal-lm", "False for task classification")
+        rule("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        rule("warmup", self.warmup < self.steps, f"less than steps={self.steps}")
+        rule("model_dropout", self.model_dropout is None or 0 <= self.model_dropout < 1, "in [0, 1)")
+        if self._clips_at_a_step and not self.clip_schedule[1] < self.steps:
+            raise ValueError(
+                f"finetune: t_c must be less than steps={self.steps}, so that the clipped model is trained too,"
+                f" got t_p={self.clip_schedule[0]}, t_c={self.clip_schedule[1]}"
+            )
+
+    @property
+    def _clips_at_a_step(self) -> bool:
+        return self.method == "normal" and self.options.get("schedule") != "adaptive"
+
+    @property
+    def clip_schedule(self) -> tuple[int, int]:
+        """(t_p, t_c), where one is None its share of the steps."""
+        t_p = max(1, round(self.steps / 3)) if self.t_p is None else self.t_p
+        t_c = max(t_p, round(self.steps * 7 / 18)) if self.t_c is None else self.t_c
+        return t_p, t_c
+
+    def shortened(self) -> "FinetuneSpec":
+        """A run of a few steps that takes every turn of the whole one, for checks."""
+        return replace(
+            self, steps=12, t_p=4, t_c=6, warmup=0, test_limit=64, generate=min(self.generate, 4), new_tokens=16
+        )
+
+    def config(self, modules_to_save: list[str] | None):
+        """The configuration of the method, for adaptlora.attach.
+
+        Raises: ValueError, TypeError (as the configuration itself does).
+        """
+        from adaptlora import LoraConfig, NormALConfig
+
+        kind = NormALConfig if self.method == "normal" else LoraConfig
+        unknown = [name for name in self.options if name not in {field.name for field in fields(kind)}]
+        if unknown:
+            raise ValueError(f"finetune: options must be fields of {kind.__name__}, got {', '.join(unknown)}")
+        values = {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": self.target_modules
+            if isinstance(self.target_modules, str)
+            else list(self.target_modules),
+            "modules_to_save": modules_to_save,
+            "seed": self.seed,
+        }
+        if self.method == "normal":
+            values["penalty_step"] = self.penalty_step
+            if self._clips_at_a_step:
+                values["t_p"], values["t_c"] = self.clip_schedule
+            if self.threshold is not None:
+                values["threshold"] = self.threshold
+            elif "budget" not in self.options:
+                values["target_r"] = self.target_r
+        return kind(**{**values, **self.options})
+
+
+PRESETS = {
+    "trec": FinetuneSpec(
+        model="@minilm",
+        data="@trec",
+        task="classification",
+        holdout=1000,
+        max_length=64,
+        r=8,
+        target_r=4.0,
+        lora_alpha=16,
+        target_modules=r".*\.encoder\.layer\.\d+\..*\.(query|key|value|dense)",
+        t_p=60,
+        t_c=70,
+        penalty_step="proximal",
+        steps=180,
+        batch_size=32,
+        lr=2e-3,
+        decay=True,
+        model_dropout=0.0,
+    ),
+    "e2e": FinetuneSpec(
+        model="@smollm2",
+        data="@e2e",
+        task="causal-lm",
+        chat=True,
+        holdout=40,
+        max_length=256,
+        r=8,
+        target_r=4.0,
+        lora_alpha=16,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        t_p=20,
+        t_c=24,
+        penalty_step="proximal",
+        steps=60,
+        batch_size=8,
+        lr=1e-3,
+        generate=40,
+        compare=False,
+    ),
+}
+
+
+def preset(name: str) -> FinetuneSpec:
+    """The preset of that name. Raises: ValueError."""
+    if name not in PRESETS:
+        raise ValueError(f"finetune: preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+def check_paths(spec: FinetuneSpec, out: str | Path | None) -> None:
+    """Refuse paths that cannot work before anything is loaded. Raises: ValueError."""
+    if not spec.model.startswith("@"):
+        if not Path(spec.model).is_dir():
+            raise ValueError(f"finetune: model must be a folder, got {spec.model!r}")
+        if not (Path(spec.model) / "config.json").is_file():
+            raise ValueError(f"finetune: model must be a transformers folder with a config.json, got {spec.model!r}")
+    for name in ("data", "eval_data"):
+        path = getattr(spec, name)
+        if path is not None and not path.startswith("@") and not Path(path).is_file():
+            raise ValueError(f"finetune: {name} must be a file, got {path!r}")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"finetune: out must be a folder or a new name, got the file {str(out)!r}")

@@ -1,0 +1,165 @@
+"""run(spec): data → model → adapter → training → report, and the files of a run."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import adaptlora
+
+from .. import doctor, plots
+from . import data as data_module
+from . import peft_twin, tasks
+from ._extras import need
+from .presets import FinetuneSpec, check_paths
+from .report import MAX_PEFT_DIFFERENCE, OURS, PEFT, Report
+from .train import Learner, seed_everything, train
+
+Watch = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | None = None) -> Report:
+    """Fine-tune as the spec says.
+
+    Args:
+        out: folder for adapter/, ranks.png, loss.png and report.json, replacing files of these names; they appear when
+            everything is done, and not before. None: nothing is written.
+        watch: called with (stage, done, total, note) as the work goes on.
+    Returns: the report, complete.
+    Raises: ValueError, TypeError (arguments, data; before training), MissingExtraError,
+        RuntimeError (PEFT does not compute the same with the saved adapter; nothing is written then).
+    """
+    started = time.perf_counter()
+    watch = watch or (lambda stage, done, total, note: None)
+    check_paths(spec, out)
+    spec.config(None)  # its mistakes are cheaper to find before the data are read and the model is loaded
+    _need_extras(spec, out)
+    watch("loading", 0, 3, "data")
+    data = data_module.load(spec)
+    watch("loading", 1, 3, "model")
+    task = tasks.build(spec, data)
+    model = task.model()
+    watch("loading", 2, 3, "adapter")
+    seed_everything(spec.seed)
+    base = model if not spec.compare else task.model()
+    adapter = adaptlora.attach(model, spec.config(task.heads(model) or None))
+    learners = {OURS: Learner(model, adapter.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, adapter=adapter)}
+    if spec.compare:
+        theirs = peft_twin.twin(base, adapter)
+        trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+        learners[PEFT] = Learner(theirs, trained, lr=spec.lr, weight_decay=spec.weight_decay)
+    watch("loading", 3, 3, "")
+    report = Report(
+        spec=asdict(spec),
+        versions=doctor.versions(),
+        machine=doctor.machine(),
+        data={"train": len(data.train), "test": len(data.test), "duplicates": data.duplicates},
+        higher_is_better=task.scores,
+    )
+    _learn(task, learners, report, watch)
+    report.total_seconds = time.perf_counter() - started
+    if out is not None:
+        _write(report, task, adapter, Path(out), watch, started)
+    return report
+
+
+def _need_extras(spec: FinetuneSpec, out) -> None:
+    wanted = ["transformers"]
+    if spec.task == "causal-lm":
+        wanted.append("sacrebleu")
+    if spec.compare or out is not None:
+        wanted.append("peft")
+    if out is not None:
+        wanted.append("matplotlib")
+    for package in wanted:
+        need(package, "adaptlora finetune")
+
+
+def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> None:
+    spec, adapter = task.spec, learners[OURS].adapter
+    report.scores = {name: {} for name in learners}
+    report.losses = {name: [] for name in learners}
+    report.seconds = {name: [] for name in learners}
+
+    def evaluate(moment: str, stage: str, names) -> None:
+        for done, name in enumerate(names):
+            watch(stage, done, len(names), "")
+            report.scores[name][moment] = task.evaluate(learners[name].model)
+        watch(stage, len(names), len(names), _scores_text(report.scores[OURS][moment]))
+
+    evaluate("before", "test before training", [OURS])
+    if PEFT in learners:  # B = 0 in both: they are still the same function
+        report.scores[PEFT]["before"] = report.scores[OURS]["before"]
+    watch("training", 0, spec.steps, "")
+    steps = train(learners, task.batches(), steps=spec.steps, seed=spec.seed, warmup=spec.warmup, decay=spec.decay)
+    for step in steps:
+        for name, result in step.results.items():
+            report.losses[name].append(result.loss)
+            report.seconds[name].append(result.seconds)
+        watch("training", step.number, spec.steps, f"loss {step.results[OURS].loss:.3f}, {adapter.method.phase}")
+        if step.results[OURS].change is not None:
+            report.sizes["after"] = _counts(adapter.summary())
+            evaluate("clip", "test at the clip", list(learners))
+    evaluate("end", "test at the end", list(learners))
+
+    report.sizes["before"] = _counts(learners[OURS].first_summary)
+    report.ranks = adapter.ranks()
+    report.t_p, report.t_c = adapter.method.t_p, adapter.method.t_c
+    if PEFT in learners:
+        report.sizes["peft"] = peft_twin.sizes(learners[PEFT].model, learners[PEFT].optimizer)
+
+
+def _counts(summary: dict) -> dict[str, int]:
+    return {name: value for name, value in summary.items() if name.endswith(("_parameters", "_bytes"))}
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def _write(report: Report, task, adapter, out: Path, watch: Watch, started: float) -> None:
+    """Everything into a hidden folder beside `out`, checked there, then moved file by file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        watch("writing", 0, 3, "adapter")
+        adapter.save(partial / "adapter")
+        watch("writing", 1, 3, "reloading it with PEFT")
+        report.peft_difference = peft_twin.reload_difference(
+            partial / "adapter", task.model(), adapter.model, task.probe()
+        )
+        if not report.peft_difference <= MAX_PEFT_DIFFERENCE:
+            raise RuntimeError(
+                f"finetune: logits after reloading with PEFT must differ by at most {MAX_PEFT_DIFFERENCE:.0e}"
+                f" (relative), got {report.peft_difference:.2e}; nothing was written"
+            )
+        watch("writing", 2, 3, "pictures")
+        names = {OURS: report.label(OURS), PEFT: report.label(PEFT)}
+        plots.rank_heatmap(
+            report.ranks,
+            partial / "ranks.png",
+            max_rank=report.spec["r"],
+            title=f"Ranks: {plots.describe_ranks(report.ranks)}",
+        )
+        plots.loss_curve(
+            {names[name]: losses for name, losses in report.losses.items()},
+            partial / "loss.png",
+            t_p=report.t_p,
+            t_c=report.t_c,
+        )
+        report.files = {name: str(out / name) for name in ("adapter", "ranks.png", "loss.png", "report.json")}
+        report.total_seconds = time.perf_counter() - started
+        (partial / "report.json").write_text(report.to_json(), encoding="utf-8")
+        files = sorted(
+            (file for file in partial.rglob("*") if file.is_file()), key=lambda file: file.name == "report.json"
+        )
+        for file in files:
+            target = out / file.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        watch("writing", 3, 3, "")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

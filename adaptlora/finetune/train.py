@@ -1,0 +1,128 @@
+"""The training loop, once for every task: models that learn the same batches side by side, each step timed.
+
+learner = Learner(model, adapter.parameters(), lr=1e-3, adapter=adapter)
+for step in train({"ours": learner}, batches, steps=100):
+    print(step.number, step.results["ours"].loss)
+"""
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one learner did in one step."""
+
+    loss: float  # task loss, before the step and without a penalty
+    seconds: float  # forward, backward, optimizer and adapter.step
+    change: object | None  # adapter.step's RankChange
+
+
+@dataclass(frozen=True)
+class Step:
+    number: int  # from 1
+    results: Mapping[str, StepResult]
+
+
+class Learner:
+    """A model, its trainable parameters under AdamW, and its adapter where it has one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float = 0.01,
+        adapter=None,
+    ):
+        self.model = model
+        self.adapter = adapter
+        self.lr = lr
+        self.optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay)
+        self.first_summary: dict | None = None  # the adapter's sizes at its first ranks, optimizer state included
+        if adapter is not None:
+            adapter.track(self.optimizer)
+
+    def step(self, batch: Mapping[str, Tensor], lr_factor: float = 1.0) -> StepResult:
+        """loss(batch) + penalty → backward → optimizer → adapter.step, timed.
+
+        Raises: ValueError (a loss that is not finite).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor
+        self.model.train()
+        start = _now(batch)
+        loss = self.model(**batch).loss
+        total = loss if self.adapter is None else loss + self.adapter.penalty()
+        total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = _now(batch) - start
+        change = None
+        if self.adapter is not None:
+            if self.first_summary is None:
+                self.first_summary = self.adapter.summary()
+            start = _now(batch)
+            change = self.adapter.step(loss)
+            seconds += _now(batch) - start
+        value = loss.item()
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError(
+                f"train: the loss must be finite, got {value}; a lower learning rate than {self.lr} may help"
+            )
+        return StepResult(value, seconds, change)
+
+
+def _now(batch: Mapping[str, Tensor]) -> float:
+    device = next(iter(batch.values())).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def lr_factor(number: int, steps: int, *, warmup: int = 0, decay: bool = False) -> float:
+    """Factor of the learning rate at step `number` (from 1).
+
+    It rises linearly from 1/warmup to 1, and then stays or (`decay`) falls linearly to 1/(steps − warmup).
+    """
+    if number <= warmup:
+        return number / warmup
+    return (steps - number + 1) / (steps - warmup) if decay else 1.0
+
+
+def train(
+    learners: Mapping[str, Learner],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    steps: int,
+    seed: int = 0,
+    warmup: int = 0,
+    decay: bool = False,
+) -> Iterator[Step]:
+    """Train all learners on the same batches, a step of each in turn; yields after every step.
+
+    Each learner's step starts from the same random state, so that dropout in equal models falls on the same elements.
+    Which learner goes first alternates, so that neither always has the warmer caches.
+    """
+    names = list(learners)
+    for number, batch in zip(range(1, steps + 1), batches, strict=False):
+        factor = lr_factor(number, steps, warmup=warmup, decay=decay)
+        results = {}
+        for name in names if number % 2 else reversed(names):
+            seed_everything(seed * 1_000_003 + number)
+            results[name] = learners[name].step(batch, factor)
+        yield Step(number, results)

@@ -1,0 +1,148 @@
+"""Pictures: ranks as a heat map, losses as curves. Files appear only when they are complete."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .finetune._extras import need
+from .io import atomic_file
+
+INK, MUTED, OURS, THEIRS = "#1a1a1a", "#8a8a8a", "#0b6e99", "#d1701c"
+
+
+def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], list[list[int | None]]]:
+    """Ranks by module name → (kinds, layers, table): a row for each kind of module, a column for each layer.
+
+    The first number in a name is its layer and what follows is its kind; names without a number make up a layer "–".
+    The table has None where a layer has no such module. Kinds keep the order of the names; layers ascend.
+    """
+    cells: dict[tuple[str, str], int] = {}
+    for name, rank in ranks.items():
+        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        layer, kind = (match.group(1), name[match.end() :] or name) if match else ("–", name)
+        if (kind, layer) in cells:  # two stacks with the same numbering: an encoder's and a decoder's
+            kind = f"{name[: match.start()]}: {kind}" if match else name
+        cells[kind, layer] = rank
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    layers = sorted(
+        dict.fromkeys(layer for _, layer in cells), key=lambda layer: (layer == "–", int(layer) if layer != "–" else 0)
+    )
+    return kinds, layers, [[cells.get((kind, layer)) for layer in layers] for kind in kinds]
+
+
+def describe_ranks(ranks: Mapping[str, int]) -> str:
+    """How much rank there is, in words."""
+    total = sum(ranks.values())
+    return f"{total} vectors in {len(ranks)} modules, {total / len(ranks):.2f} on average"
+
+
+def rank_heatmap(
+    ranks: Mapping[str, int], path: str | Path, *, max_rank: int | None = None, title: str = "Ranks"
+) -> Path:
+    """PNG of ranks, modules × layers, each cell with its number; a cell without a module stays empty.
+
+    Args:
+        ranks: rank by module name, at least one.
+        max_rank: top of the colour scale; default: the highest rank.
+    Raises: ValueError (no ranks), MissingExtraError.
+    """
+    if not ranks:
+        raise ValueError("rank_heatmap: ranks must name at least one module, got none")
+    kinds, layers, table = rank_grid(ranks)
+    top = max(max_rank or 0, *ranks.values(), 1)
+    figure_module = need("matplotlib.figure", "a picture")
+    colours = need("matplotlib", "a picture").colormaps["YlGnBu"]
+    values = [[float("nan") if rank is None else rank for rank in row] for row in table]
+
+    longest = max(map(len, kinds))
+    cell = 0.46 if len(layers) <= 16 else 0.34
+    width = max(4.6, cell * len(layers) + 0.085 * longest + 1.7)
+    figure = figure_module.Figure(figsize=(width, max(2.2, 0.38 * len(kinds) + 1.5)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap=colours, vmin=0, vmax=top, aspect="auto")
+    for row, of_kind in enumerate(table):
+        for column, rank in enumerate(of_kind):
+            if rank is not None:
+                ink = "white" if rank > 0.6 * top else INK
+                axes.text(column, row, str(rank), ha="center", va="center", color=ink, fontsize=8)
+    axes.set_xticks(range(len(layers)), layers, fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_xticks([i + 0.5 for i in range(len(layers) - 1)], minor=True)
+    axes.set_yticks([i + 0.5 for i in range(len(kinds) - 1)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("module")
+    axes.set_title(title, fontsize=10, loc="left")
+    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
+    bar.set_label("rank (vectors)")
+    bar.locator = need("matplotlib.ticker", "a picture").MaxNLocator(integer=True)
+    bar.update_ticks()
+    bar.outline.set_visible(False)
+    return _save(figure, path)
+
+
+def loss_curve(
+    losses: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    t_p: int | None = None,
+    t_c: int | None = None,
+    title: str = "Training loss",
+) -> Path:
+    """PNG of training losses by name over the steps (from 1), each pale as it was, and smoothed; t_p and t_c marked.
+
+    Raises: ValueError (no losses), MissingExtraError.
+    """
+    if not losses or not all(losses.values()):
+        raise ValueError("loss_curve: losses must hold at least one value for each name")
+    figure = need("matplotlib.figure", "a picture").Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, values), colour in zip(losses.items(), (OURS, THEIRS, "#5b8c3e", "#7a4f9e"), strict=False):
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
+        axes.plot(steps, _smoothed(values), color=colour, linewidth=1.8, label=name)
+    last = max(2, *(len(values) for values in losses.values()))
+    marks = [(t_p, "penalty ends, $t_p$", "--"), (t_c, "ranks clipped, $t_c$", "-")]
+    for row, (step, text, style) in enumerate(marks):
+        if step is None:
+            continue
+        left = step > last / 2  # the label stands on the side where there is more room; the two at different heights
+        axes.axvline(step, color=MUTED, linewidth=1, linestyle=style)
+        axes.annotate(
+            f"{text} = {step}",
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4 if left else 4, -2 - 11 * row),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top",
+            fontsize=8,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    axes.set_xlim(1, last)
+    axes.set_ylim(bottom=0, top=1.15 * max(max(values) for values in losses.values()) or 1)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("cross-entropy of the batch (nats)")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(
+        frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(losses), borderaxespad=0.2
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return _save(figure, path)
+
+
+def _smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
+    """Mean over the values at most `reach` steps away: no lag, and shorter windows at both ends."""
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _save(figure, path: str | Path) -> Path:
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    return Path(path)
