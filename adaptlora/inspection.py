@@ -1,6 +1,5 @@
 """What is in a PEFT LoRA folder: ranks, shapes and scores, read from its two files without a model."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,41 +39,24 @@ def inspect_adapter(folder: str | Path) -> Inspection:
     for file in (config_file, weights):
         if not file.is_file():
             raise ValueError(f"inspect: adapter must be a folder with {file.name}, got {str(folder)!r}")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"inspect: {config_file} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"inspect: {config_file}: peft_type must be 'LORA', got {found!r}")
+    config = io.read_config("inspect", config_file)
     # not io.read: what cannot be loaded (DoRA's magnitudes, biases, …) can be looked at all the same
-    factors: dict[str, dict] = {}
+    halves: dict[str, dict] = {}
     others: dict[str, int] = {}
     try:
         with safe_open(weights, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                name = key.removeprefix(io._PREFIX)
-                match = io._FACTOR.fullmatch(name)
+                name = key.removeprefix(io.KEY_PREFIX)
+                match = io.FACTOR_KEY.fullmatch(name)
                 if match:
-                    factors.setdefault(match["module"], {})[match["factor"]] = file.get_tensor(key)
+                    halves.setdefault(match["module"], {})[match["factor"]] = file.get_tensor(key)
                 else:
                     others[name] = math.prod(file.get_slice(key).get_shape())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"inspect: {weights} must be a whole safetensors file: {error}") from error
-    for name, pair in factors.items():
-        shapes = {factor: tuple(tensor.shape) for factor, tensor in pair.items()}
-        if (
-            len(pair) < 2
-            or {len(shape) for shape in shapes.values()} != {2}
-            or shapes["lora_A"][0] != shapes["lora_B"][1]
-        ):
-            raise ValueError(
-                f"inspect: {weights}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}"
-            )
-    if not factors:
-        raise ValueError(f"inspect: {weights} must hold lora_A and lora_B of at least one module, got none")
+    factors = io.pair_up("inspect", weights, halves)
     names = sorted(factors, key=_natural)
-    lora_As, lora_Bs = ([factors[name][factor] for name in names] for factor in ("lora_A", "lora_B"))
+    lora_As, lora_Bs = ([factors[name][which] for name in names] for which in (0, 1))
     norms_A, norms_B = rank_norms(lora_As, lora_Bs)
     modules = [
         InspectedModule(

@@ -17,8 +17,8 @@ from .targets import pattern_value
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_[AB])(\.[^.]+)?\.weight")
+KEY_PREFIX = "base_model.model."
+FACTOR_KEY = re.compile(r"(?P<module>.+)\.(?P<factor>lora_[AB])(\.[^.]+)?\.weight")
 _UNSUPPORTED = {
     "use_dora": "DoRA scales by a trained magnitude",
     "lora_bias": "lora_B has a bias",
@@ -89,7 +89,8 @@ class StoredAdapter:
 def read(path) -> StoredAdapter:
     """Read a PEFT LoRA adapter folder.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
     path = Path(path)
-    config = _read_config(path / CONFIG_FILE)
+    config = read_config("load", path / CONFIG_FILE)
+    _check_supported(path / CONFIG_FILE, config)
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         raise FileNotFoundError(f"load: {weights} is missing (only safetensors are read)")
@@ -100,41 +101,52 @@ def read(path) -> StoredAdapter:
     halves: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        factor = _FACTOR.fullmatch(name)
+        name = key.removeprefix(KEY_PREFIX)
+        factor = FACTOR_KEY.fullmatch(name)
         if factor:
             halves.setdefault(factor["module"], {})[factor["factor"]] = tensor
         else:
             module, parameter = _saved_key(weights, name, config.get("modules_to_save") or ())
             saved.setdefault(module, {})[parameter] = tensor
-    factors = {}
-    for name, pair in halves.items():
-        if pair.keys() != {"lora_A", "lora_B"} or pair["lora_A"].shape[:1] != pair["lora_B"].shape[1:]:
-            shapes = {factor: tuple(tensor.shape) for factor, tensor in pair.items()}
-            raise ValueError(
-                f"load: {weights}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}"
-            )
-        factors[name] = pair["lora_A"], pair["lora_B"]
+    factors = pair_up("load", weights, halves)
+    for name, (lora_A, _) in factors.items():
         expected = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
-        if pair["lora_A"].shape[0] != expected:
+        if lora_A.shape[0] != expected:
             raise ValueError(
-                f"load: {weights}: {name} must have the rank that {CONFIG_FILE} gives, {expected}, got {pair['lora_A'].shape[0]}"
+                f"load: {weights}: {name} must have the rank that {CONFIG_FILE} gives, {expected}, got {lora_A.shape[0]}"
             )
-    if not factors:
-        raise ValueError(f"load: {weights} must hold lora_A and lora_B of at least one module, got none")
     return StoredAdapter(path, config, factors, saved)
 
 
-def _read_config(file: Path) -> dict:
+def pair_up(op: str, file: Path, halves: dict[str, dict]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{module: (A, B)} from {module: {"lora_A": …, "lora_B": …}}.  Raises: ValueError (a half is missing, other ranks, no module)."""
+    for name, pair in halves.items():
+        shapes = {factor: tuple(tensor.shape) for factor, tensor in pair.items()}
+        two_dims = pair.keys() == {"lora_A", "lora_B"} and all(len(shape) == 2 for shape in shapes.values())
+        if not two_dims or shapes["lora_A"][0] != shapes["lora_B"][1]:
+            raise ValueError(
+                f"{op}: {file}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}"
+            )
+    if not halves:
+        raise ValueError(f"{op}: {file} must hold lora_A and lora_B of at least one module, got none")
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
+
+
+def read_config(op: str, file: Path) -> dict:
+    """adapter_config.json of a LoRA adapter.  Raises: FileNotFoundError, ValueError (no JSON, another kind of adapter)."""
     if not file.is_file():
-        raise FileNotFoundError(f"load: {file} is missing")
+        raise FileNotFoundError(f"{op}: {file} is missing")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"load: {file} must be JSON: {error}") from error
+        raise ValueError(f"{op}: {file} must be JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f'load: {file}: peft_type must be "LORA", got {found!r}')
+        raise ValueError(f'{op}: {file}: peft_type must be "LORA", got {found!r}')
+    return config
+
+
+def _check_supported(file: Path, config: dict) -> None:
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), (int, float)) or config[field] <= 0:
             raise ValueError(f"load: {file}: {field} must be a number > 0, got {config.get(field)!r}")
@@ -143,7 +155,6 @@ def _read_config(file: Path) -> dict:
     for field, reason in _UNSUPPORTED.items():
         if config.get(field):
             raise ValueError(f"load: {file}: {field} is not supported ({reason}), got {config[field]!r}")
-    return config
 
 
 def _saved_key(file: Path, name: str, modules_to_save) -> tuple[str, str]:
@@ -219,10 +230,10 @@ def write(adapter, path) -> None:
     tensors = {}
     for name, layer in adapter.layers.items():
         if layer.rank:
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+            tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+            tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_B
     for name, module in adapter.saved.items():
-        tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
+        tensors |= {f"{KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
     with atomic_file(path / WEIGHTS_FILE) as weights_file, atomic_file(path / CONFIG_FILE) as config_file:

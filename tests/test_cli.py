@@ -483,7 +483,7 @@ def test_inspect_refuses_what_it_cannot_read(tmp_path):
     weights.write_bytes(b"not tensors")
     assert "must be JSON" in refused("a")
     config.write_text('{"peft_type": "IA3"}')
-    assert "peft_type must be 'LORA', got 'IA3'" in refused("a")
+    assert "peft_type must be \"LORA\", got 'IA3'" in refused("a")
     config.write_text('{"peft_type": "LORA", "r": 2}')
     assert "must be a whole safetensors file" in refused("a")
     from safetensors.torch import save_file
