@@ -28,6 +28,8 @@ def as_seed(op: str, seed, device: torch.device) -> torch.Tensor:
     if seed is None:
         return new_seed(device)
     if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"{op}: seed must fit in 64 bits with a sign, got {seed}")
         return torch.tensor(seed, dtype=torch.int64, device=device)
     if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.dim() != 0:
         raise TypeError(f"{op}: seed must be an int or a 0-dim int64 tensor, got {seed!r}")

@@ -29,3 +29,12 @@ def no_autocast(tensor: torch.Tensor):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of sums and of S: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_second_derivative(op: str) -> None:
+    """Differentiating `adaptlora::<op>`, itself a gradient, is an error; torch would otherwise return a wrong result."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"adaptlora::{op}: second derivatives are not implemented")
+
+    torch.library.register_autograd(f"adaptlora::{op}", backward, lib=library)

@@ -6,9 +6,15 @@ import torch.nn.functional as F
 from . import _backend
 from ._checks import FLOATS, check_dropout, check_factors, check_finite_number, check_tensor
 from ._dropout import as_seed, dropout_keep_ref, threshold
-from ._library import accumulation_dtype, library, no_autocast, register
+from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
 
 OP = "lora_linear"
+_MAX_RANK = 256  # of the kernels; beyond it the reference runs
+
+
+def _as_2d(t: torch.Tensor) -> torch.Tensor:
+    """(M, ·) of (..., ·); unlike reshape(-1, ·) also where a size is 0."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _drop(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -48,13 +54,14 @@ def lora_linear_ref(x, weight, bias, lora_A, lora_B, *, scaling=1.0, rank_scale=
     """`lora_linear` in plain differentiable torch operations, float64 included: the definition that every kernel is tested against."""
     seed = as_seed(OP, seed, x.device) if dropout_p > 0 else None
     factor = _rank_factor(lora_A, rank_scale, scaling)
-    y, _ = _forward_ref(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, factor, dropout_p, seed)
+    y, _ = _forward_ref(_as_2d(x), weight, bias, lora_A, lora_B, factor, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _kernels(x, weight, lora_A):
     # Empty operands have nothing to launch; the reference returns the right empty or zero results for them.
-    return _backend.kernels(x, OP) if x.numel() and weight.shape[0] and lora_A.shape[0] else None
+    launches = x.numel() and weight.shape[0] and 0 < lora_A.shape[0] <= _MAX_RANK
+    return _backend.kernels(x, OP) if launches else None
 
 
 @register(
@@ -64,7 +71,7 @@ def _kernels(x, weight, lora_A):
 def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
     with no_autocast(x):
         factor = _rank_factor(lora_A, rank_scale, scaling)
-        x_2d = x.reshape(-1, x.shape[-1])
+        x_2d = _as_2d(x)
         kernels = _kernels(x, weight, lora_A)
         if kernels is None:
             y, s = _forward_ref(x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, seed)
@@ -83,7 +90,7 @@ def _lora_linear_backward(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, sc
     need_dx, need_dA, need_dB, need_dE = need
     with no_autocast(x):
         factor = _rank_factor(lora_A, rank_scale, scaling)
-        dy_2d, x_2d = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dy_2d, x_2d = _as_2d(dy), _as_2d(x)
         kernels = _kernels(x, weight, lora_A)
         if kernels is None:
             dx, dA, G = _backward_ref(
@@ -94,12 +101,12 @@ def _lora_linear_backward(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, sc
                 dy_2d, x_2d, weight, s, lora_A, lora_B, factor, dropout_p, threshold(dropout_p), seed,
                 need_dx, need_dA, need_dB, need_dE,
             )  # fmt: skip
-        none = x.new_empty(0)
+        # An empty tensor of its own for each gradient that is not needed: outputs of an op must not alias.
         return (
-            dx.view(x.shape) if need_dx else none,
-            dA.to(lora_A.dtype) if need_dA else none,
-            (G * factor).to(lora_B.dtype) if need_dB else none,
-            ((G * lora_B).sum(0) * scaling).to(rank_scale.dtype) if need_dE else none,
+            dx.view(x.shape) if need_dx else x.new_empty(0),
+            dA.to(lora_A.dtype) if need_dA else x.new_empty(0),
+            (G * factor).to(lora_B.dtype) if need_dB else x.new_empty(0),
+            ((G * lora_B).sum(0) * scaling).to(rank_scale.dtype) if need_dE else x.new_empty(0),
         )
 
 
@@ -144,6 +151,7 @@ def _backward(ctx, dy, _):
 
 
 torch.library.register_autograd("adaptlora::lora_linear", _backward, setup_context=_setup_context, lib=library)
+no_second_derivative("lora_linear_backward")
 
 
 def _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p) -> None:
@@ -156,6 +164,9 @@ def _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p) -> N
     if weight.shape[1] != K:
         raise ValueError(f"{OP}: weight must have shape (N, K) with K={K} (x.shape[-1]), got {tuple(weight.shape)}")
     check_factors(OP, lora_A, lora_B, K, N)
+    for name, vector in (("bias", bias), ("rank_scale", rank_scale)):
+        if vector is not None and not isinstance(vector, torch.Tensor):
+            raise TypeError(f"{OP}: {name} must be a tensor or None, got {type(vector).__name__}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"{OP}: bias must have shape (N,) with N={N} (weight.shape[0]), got {tuple(bias.shape)}")
     if rank_scale is not None and rank_scale.shape != lora_A.shape[:1]:
@@ -205,8 +216,8 @@ def lora_linear(
         and torch.is_autocast_enabled(x.device.type)
     ):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
+        # As torch's autocast, which never casts float64.
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
     _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p)
     seed = as_seed(OP, seed, x.device) if dropout_p > 0 else None
     return torch.ops.adaptlora.lora_linear(

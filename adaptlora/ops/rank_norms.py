@@ -4,7 +4,7 @@ import torch
 
 from . import _backend
 from ._checks import check_factor_lists
-from ._library import accumulation_dtype, library, no_autocast, register
+from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
 
 
 def flat_norms_ref(lora_As, lora_Bs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +43,8 @@ def _rank_scale(lora_As, lora_Bs, factors_A, factors_B):
         return [*scaled_As, *scaled_Bs]
     split_A, split_B = _split(lora_As, factors_A, factors_B)
     return [
-        *((A * f[:, None]).to(A.dtype) for A, f in zip(lora_As, split_A, strict=True)),
-        *((B.t() * f[:, None]).to(B.dtype).t() for B, f in zip(lora_Bs, split_B, strict=True)),
+        *((A * f[:, None]).to(A.dtype).contiguous() for A, f in zip(lora_As, split_A, strict=True)),
+        *((B.t() * f[:, None]).to(B.dtype).contiguous().t() for B, f in zip(lora_Bs, split_B, strict=True)),
     ]
 
 
@@ -76,6 +76,7 @@ def _backward(ctx, *grads):
 
 
 torch.library.register_autograd("adaptlora::rank_norms", _backward, setup_context=_setup_context, lib=library)
+no_second_derivative("rank_scale")
 
 
 def flat_rank_norms(op: str, lora_As, lora_Bs) -> tuple[torch.Tensor, torch.Tensor]:

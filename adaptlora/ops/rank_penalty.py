@@ -4,6 +4,7 @@ import functools
 import math
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._library import accumulation_dtype
 from .rank_norms import flat_norms_ref, flat_rank_norms
@@ -23,16 +24,22 @@ def check_kind(op: str, kind: str) -> None:
         raise ValueError(f"{op}: kind must be one of {', '.join(PENALTIES)}, got {kind!r}")
 
 
-@functools.lru_cache(maxsize=64)
-def _weights(kind: str, ranks: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _new_weights(kind: str, ranks: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     weight = PENALTIES[kind]
     return torch.tensor([weight(r) for rank in ranks for r in range(1, rank + 1)], device=device, dtype=dtype)
+
+
+_weights = functools.lru_cache(maxsize=64)(_new_weights)
 
 
 def rank_weights(kind: str, lora_As) -> torch.Tensor:
     """w(r), r = 1 … R_i, for the rank vectors of all modules in order: (ΣR,), on the factors' device."""
     first = lora_As[0]
-    return _weights(kind, tuple(A.shape[0] for A in lora_As), first.device, accumulation_dtype(first.dtype))
+    # A tensor made in one of these modes (fake tensors are a dispatch mode) must not outlive it in the cache.
+    passing = torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or is_in_torch_dispatch_mode()
+    return (_new_weights if passing else _weights)(
+        kind, tuple(A.shape[0] for A in lora_As), first.device, accumulation_dtype(first.dtype)
+    )
 
 
 def rank_penalty_ref(lora_As, lora_Bs, kind="sqrt") -> torch.Tensor:
