@@ -1,0 +1,29 @@
+// The Python module adaptlora._C. Shapes and equations: cpu/ops.h.
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using no_gil = py::call_guard<py::gil_scoped_release>;
+  const char* isa = adaptlora::kernels().name;  // chosen here, so that a wrong ADAPTLORA_ISA fails at import
+
+  m.attr("torch_version") = TORCH_VERSION;
+  m.def("isa", [isa] { return isa; }, "The instruction set the kernels use: avx512, avx2 or default.");
+
+  m.def("lora_linear", &adaptlora::lora_linear_cpu, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("A"),
+        py::arg("B"), py::arg("e"), py::arg("dropout_p"), py::arg("threshold"), py::arg("seed"), no_gil());
+  m.def("lora_linear_backward", &adaptlora::lora_linear_backward_cpu, py::arg("dy"), py::arg("x"), py::arg("weight"),
+        py::arg("S"), py::arg("A"), py::arg("B"), py::arg("e"), py::arg("dropout_p"), py::arg("threshold"),
+        py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"), py::arg("need_G"), no_gil());
+  m.def("dropout_keep", &adaptlora::dropout_keep_cpu, py::arg("seed"), py::arg("M"), py::arg("K"),
+        py::arg("threshold"), no_gil());
+
+  m.def("rank_norms", &adaptlora::rank_norms_cpu, py::arg("As"), py::arg("Bs"), no_gil());
+  m.def("rank_scale", &adaptlora::rank_scale_cpu, py::arg("As"), py::arg("Bs"), py::arg("fA"), py::arg("fB"), no_gil());
+  m.def("rank_scale_", &adaptlora::rank_scale_inplace_cpu, py::arg("As"), py::arg("Bs"), py::arg("fA"), py::arg("fB"),
+        no_gil());
+}

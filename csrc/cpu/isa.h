@@ -1,0 +1,90 @@
+// What the host code and the per-ISA kernels share: plain structs, raw pointers and a table of functions.
+//
+// Nothing from ATen or the C++ library may be included here. The kernel files are compiled for AVX2 or AVX-512; an
+// inline function or template of another library, compiled there, could be the copy the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ADAPTLORA_X86_KERNELS 1
+#else
+#define ADAPTLORA_X86_KERNELS 0
+#endif
+
+namespace adaptlora {
+
+// A tile holds kTileRows rows and up to kTileCols columns of x or dy in float32: 33 KB, streamed from L2 while one
+// 4-row strip of it (8 KB) stays in L1. The stride is not a power of two, so that the rows do not share cache sets.
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileCols = 512;
+constexpr int64_t kTileStride = kTileCols + 16;
+constexpr int64_t kMaxRank = 256;
+// Rows of packed factors are padded with zeros to a multiple of the widest vector.
+constexpr int64_t kPad = 16;
+
+enum class Dtype { f32, bf16, f16 };
+
+// A strided (rows, cols) matrix; strides count elements.
+struct MatrixView {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride, col_stride;
+};
+
+// Element (m, k) is kept iff (philox bits >> 8) >= threshold.
+struct Dropout {
+  uint32_t key0, key1;
+  int32_t threshold;
+};
+
+// One rank vector: `length` elements, `stride` apart.
+struct VectorView {
+  void* data;
+  int64_t length, stride;
+  Dtype dtype;
+};
+
+struct Kernels {
+  const char* name;
+
+  // mask[i, j] = keep(row + i, col + j) ? ~0 : 0 for rows x cols; col % 4 == 0; mask has the layout of a tile.
+  void (*dropout_mask)(const Dropout&, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask);
+
+  // tile = mask ∘ x[row : row + rows, col : col + cols] in float32; mask may be nullptr. Zero up to the next multiple of
+  // kPad columns and of 4 rows.
+  void (*load_tile)(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask,
+                    float* tile);
+
+  // S[m, r] += sum_c tile[m, c] F[r, c];  F (R, cols) has zero-padded rows, S (kTileRows, kMaxRank).
+  void (*shrink)(const float* tile, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, float* S);
+
+  // out[r, c] += sum_m S[m, r] tile[m, c];  out (R, cols) has padded rows.
+  void (*accumulate)(const float* S, const float* tile, int64_t rows, int64_t cols, int64_t R, float* out,
+                     int64_t stride_out);
+
+  // y[m, c] = bias[c] + mask ∘ sum_r S[m, r] F[r, c];  bias and mask may be nullptr; F and bias have padded rows; y has
+  // unit column stride.
+  void (*expand)(const float* S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,
+                 const float* bias, const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y);
+
+  // out[i] = sum_j parts[j * stride + i]
+  void (*add_parts)(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float* out);
+
+  float (*sum_of_squares)(const VectorView&);
+
+  // dst = factor * src; same dtype and length, strides may differ; dst may be src.
+  void (*scale_vector)(const VectorView& src, const VectorView& dst, float factor);
+};
+
+extern const Kernels kernels_default;
+#if ADAPTLORA_X86_KERNELS
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The table for this machine, chosen once. The environment variable ADAPTLORA_ISA (default | avx2 | avx512) can
+// choose a lower one; std::runtime_error if it names one that does not exist or that this machine cannot run.
+const Kernels& kernels();
+
+}  // namespace adaptlora

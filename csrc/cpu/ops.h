@@ -1,0 +1,42 @@
+// The functions of adaptlora._C, on CPU tensors. Equations and shapes: adaptlora/ops/<op>.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace adaptlora {
+
+// x (M, K), weight (N, K), bias (N) in one dtype (fp32, bf16, fp16); A (R, K) and B (N, R) fp32, bf16 or fp16; e (R)
+// fp32, the scaling times the rank scale. Any strides. M, K, N >= 1, 1 <= R <= kMaxRank.
+// y (M, N) = x Wᵀ + bias + (S ∘ e) Bᵀ, dtype of x;  S (M, R) = drop(x) Aᵀ, fp32.
+std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
+                                                   const std::optional<at::Tensor>& bias, const at::Tensor& A,
+                                                   const at::Tensor& B, const at::Tensor& e, double dropout_p,
+                                                   int64_t threshold, const std::optional<at::Tensor>& seed);
+
+// dx (M, K) = dy W + mask ∘ (dS A) / (1 - p), dtype of dy;  dA (R, K) = dSᵀ drop(x), fp32;  G = dyᵀ S, fp32, (N, R) with
+// strides (1, N);  dS = (dy B) ∘ e.  Each is None unless asked for; G if need_dB or need_G.
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> lora_linear_backward_cpu(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& S, const at::Tensor& A,
+    const at::Tensor& B, const at::Tensor& e, double dropout_p, int64_t threshold,
+    const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA, bool need_dB, bool need_G);
+
+// keep (M, K) bool: which elements the dropout of this seed keeps.
+at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold);
+
+// As: (R_i, K_i), Bs: (N_i, R_i). The norms of all rows of A and all columns of B, module after module, fp32 (sum R_i).
+std::tuple<at::Tensor, at::Tensor> rank_norms_cpu(const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs);
+
+// Every row of A times its factor in fA, every column of B times its factor in fB (fp32, sum R_i); dtypes are kept.
+// New tensors: A (R, K) contiguous, B (N, R) with strides (1, N).
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rank_scale_cpu(const std::vector<at::Tensor>& As,
+                                                                            const std::vector<at::Tensor>& Bs,
+                                                                            const at::Tensor& fA, const at::Tensor& fB);
+
+void rank_scale_inplace_cpu(const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs, const at::Tensor& fA,
+                            const at::Tensor& fB);
+
+}  // namespace adaptlora
