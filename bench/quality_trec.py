@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "quality_trec.json"
 
 
 def normal(target_r=4.0, t_p=60, t_c=70, penalty_step="proximal", **options):
+    # Nothing is taken over from the preset's own choice of schedule and penalty: a variant is what is written here.
     fields = {"method": "normal", "target_r": target_r, "t_p": t_p, "t_c": t_c, "penalty_step": penalty_step}
     return fields | {"options": options}
 
@@ -33,8 +34,10 @@ VARIANTS = {
     "lora-r2": {"method": "lora", "r": 2},
     "normal-4-proximal": normal(),
     "normal-4-gradient": normal(penalty_step="gradient"),
-    "normal-4-proximal-eta3": normal(eta_p=3.0),
+    "normal-4-proximal-eta0.1": normal(eta_p=0.1),
+    "normal-4-proximal-eta0.3": normal(eta_p=0.3),
     "normal-4-proximal-early": normal(t_p=30, t_c=40),
+    "normal-4-proximal-early-eta3": normal(t_p=30, t_c=40, eta_p=3.0),
     "normal-4-proximal-late": normal(t_p=90, t_c=100),
     "normal-4-no-penalty": normal(penalty="none"),
     "normal-2-proximal": normal(target_r=2.0),

@@ -51,8 +51,8 @@ struct Kernels {
   // mask[i, j] = keep(row + i, col + j) ? ~0 : 0 for rows x cols; col % 4 == 0; mask has the layout of a tile.
   void (*dropout_mask)(const Dropout&, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask);
 
-  // tile = mask ∘ x[row : row + rows, col : col + cols] in float32; mask may be nullptr. Zero up to the next multiple of
-  // kPad columns and of 4 rows.
+  // tile = mask ∘ x[row : row + rows, col : col + cols] in float32; mask may be nullptr. Zero up to the next multiple
+  // of kPad columns and of 4 rows.
   void (*load_tile)(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask,
                     float* tile);
 

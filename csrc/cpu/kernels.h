@@ -117,7 +117,8 @@ void shrink(const float* tile, int64_t rows, int64_t cols, const float* F, int64
 // ---- accumulate
 
 template <int kRanks, int kVectors>
-ADAPTLORA_INLINE void accumulate_block(const float* S, const float* tile, int64_t rows, float* out, int64_t stride_out) {
+ADAPTLORA_INLINE void accumulate_block(const float* S, const float* tile, int64_t rows, float* out,
+                                       int64_t stride_out) {
   vf acc[kRanks][kVectors];
   ADAPTLORA_UNROLL
   for (int r = 0; r < kRanks; ++r) {

@@ -1,4 +1,4 @@
-// The kernels for AVX2 + FMA + F16C. The pragma stays in force to the end of the file, where templates are compiled.
+// The kernels for AVX2 + FMA + F16C. The pragma stays in force to the end of the file, where templates compile.
 #include "isa.h"
 
 #if ADAPTLORA_X86_KERNELS

@@ -17,8 +17,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
                                                    const at::Tensor& B, const at::Tensor& e, double dropout_p,
                                                    int64_t threshold, const std::optional<at::Tensor>& seed);
 
-// dx (M, K) = dy W + mask ∘ (dS A) / (1 - p), dtype of dy;  dA (R, K) = dSᵀ drop(x), fp32;  G = dyᵀ S, fp32, (N, R) with
-// strides (1, N);  dS = (dy B) ∘ e.  Each is None unless asked for; G if need_dB or need_G.
+// dx (M, K) = dy W + mask ∘ (dS A) / (1 - p), dtype of dy;  dA (R, K) = dSᵀ drop(x), fp32;  G = dyᵀ S, fp32, (N, R)
+// with strides (1, N);  dS = (dy B) ∘ e.  Each is None unless asked for; G if need_dB or need_G.
 std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> lora_linear_backward_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& S, const at::Tensor& A,
     const at::Tensor& B, const at::Tensor& e, double dropout_p, int64_t threshold,
