@@ -60,4 +60,4 @@ bench-quick: data
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-only --quick -s
 
 clean:
-	rm -rf build dist *.egg-info adaptlora/*.so runs
+	rm -rf build dist *.egg-info adaptlora/*.so

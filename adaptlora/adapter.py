@@ -9,7 +9,7 @@ from torch import nn
 
 from . import io
 from .config import LoraConfig
-from .methods import method_for
+from .methods import check_config, method_for
 from .nn import LoraLinear
 from .ranks import FACTORS, commit_ranks
 from .targets import find_saved, find_targets, matches_pattern, pattern_value
@@ -29,6 +29,17 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def _set_fused_encoders(model: nn.Module, names, fused: dict) -> None:
+    """
+    Switch off torch's fused evaluation of the nn.TransformerEncoderLayers around the modules `names`: it reads the weights of
+    the layer's linears and calls none of them, so that adapters would be left out. `fused` keeps what they had.
+    """
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(name.startswith(f"{prefix}.") for name in names):
+            fused.setdefault(module, module.activation_relu_or_gelu)
+            module.activation_relu_or_gelu = 0
+
+
 def attach(model: nn.Module, config: LoraConfig) -> "Adapter":
     """
     Put an adapter of `config`'s method on `model`, in place: chosen linear layers become `LoraLinear`, all else is frozen.
@@ -38,6 +49,7 @@ def attach(model: nn.Module, config: LoraConfig) -> "Adapter":
         config: LoraConfig, NormALConfig, …
     Raises: ValueError or TypeError (targets, patterns, budget, a model adapted already); the model is unchanged then.
     """
+    check_config(config)
     targets = find_targets(model, config)
     saved = find_saved(model, config)
     for field in ("rank_pattern", "alpha_pattern"):
@@ -80,7 +92,7 @@ def load(model: nn.Module, path) -> "Adapter":
     adapter = attach(model, stored.lora_config())
     try:
         adapter.load(path)
-    except (OSError, TypeError, ValueError):
+    except BaseException:
         adapter.detach()
         raise
     return adapter
@@ -103,8 +115,10 @@ class Adapter:
         self.method = method
         self._originals = originals
         self._required = required
-        self._unmerged: dict[str, torch.Tensor] | None = None
+        self._unmerged: dict[str, nn.Parameter] | None = None
         self._attached = True
+        self._fused: dict[nn.Module, int] = {}
+        _set_fused_encoders(model, layers, self._fused)
 
     def __repr__(self) -> str:
         ranks = list(self.ranks().values())
@@ -162,14 +176,19 @@ class Adapter:
         value = self._loss_value(loss)
         optimizers = self._tracked_optimizers() if self.method.needs_optimizer() else []
         state = self.method.state_dict()
+        # A method may shrink vectors in the step that then fails to change ranks.
+        kept = [factor.detach().clone() for factor in self.factors()] if self.method.may_change_ranks() else []
         try:
             ranks = self.method.step(value, optimizers)
             if ranks is None:
                 return None
             before = self.ranks()
             commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
-        except (TypeError, ValueError, RuntimeError):
+        except BaseException:
             self.method.load_state_dict(state)
+            with torch.no_grad():
+                for factor, values in zip(self.factors(), kept, strict=bool(kept)):
+                    factor.copy_(values)
             raise
         for name, layer in self.layers.items():
             layer.scaling = self.method.scaling(name, layer, ranks[name])
@@ -180,7 +199,10 @@ class Adapter:
             if self.method.needs_loss():
                 raise ValueError("step: loss must be given to an adaptive schedule, got None")
             return None
-        value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+        try:
+            value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"step: loss must be a number or a one-element tensor, got {loss!r}") from error
         if not math.isfinite(value):
             raise ValueError(f"step: loss must be finite, got {value}")
         return value
@@ -195,6 +217,7 @@ class Adapter:
                         f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
                         f"got none for {name}.{factor}"
                     )
+            layer.pair.check_states()
         return list(optimizers.values())
 
     def callback(self):
@@ -253,12 +276,14 @@ class Adapter:
         stored = io.read(path)
         stored.check_fits(self)
         ranks = {name: stored.factors[name][0].shape[0] if name in stored.factors else 0 for name in self.layers}
+        scalings = {name: stored.scaling(name) for name in stored.factors}
+        self.method.start_from(ranks)
         commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
         with torch.no_grad():
             for name, (lora_A, lora_B) in stored.factors.items():
                 self.layers[name].lora_A.copy_(lora_A)
                 self.layers[name].lora_B.copy_(lora_B)
-                self.layers[name].scaling = stored.scaling(name)
+                self.layers[name].scaling = scalings[name]
         for name, tensors in stored.saved.items():
             self.saved[name].load_state_dict(tensors)
 
@@ -281,9 +306,17 @@ class Adapter:
             )
         for name, pair in factors.items():
             io.check_pair("load_state_dict", name, pair["lora_A"], pair["lora_B"], self.layers[name])
+        io.check_saved("load_state_dict", state["modules_to_save"], self.saved)
+        for field, expected in (("scalings", self.layers), ("method", self.method.state_dict())):
+            if state[field].keys() != expected.keys():
+                different = sorted(state[field].keys() ^ expected.keys())
+                raise ValueError(
+                    f"load_state_dict: {field} must have the adapter's entries, got a difference in {different[:5]}"
+                )
         commit_ranks(
             {name: layer.pair for name, layer in self.layers.items()},
             {name: pair["lora_A"].shape[0] for name, pair in factors.items()},
+            compact=True,
         )
         with torch.no_grad():
             for name, pair in factors.items():
@@ -298,18 +331,20 @@ class Adapter:
 
     def merge(self) -> nn.Module:
         """
-        Add every update to its base weight and put the plain modules back: the model as if it had never been adapted.
+        Add every update to its base weight and put the plain modules back: no adapter is left in the model's way.
 
-        The unmerged weights are kept, so that `unmerge` restores them bit for bit.
+        The unmerged weights are kept beside the merged ones, so that `unmerge` restores them bit for bit; a weight that is tied
+        to others is untied by it, since only the adapted module may change. Parameters stay frozen.
         Returns: the model.   Raises: ValueError (already merged or detached).
         """
         self._check_trainable("merge")
         merged = {name: layer.merged_weight() for name, layer in self.layers.items()}
         self._unmerged = {}
         for name, layer in self.layers.items():
-            self._unmerged[name] = layer.base_layer.weight.data
-            layer.base_layer.weight.data = merged[name]
+            self._unmerged[name] = layer.base_layer.weight
+            layer.base_layer.weight = nn.Parameter(merged[name], requires_grad=False)
             _replace(self.model, name, layer.base_layer)
+        self._restore_fused_encoders()
         return self.model
 
     def unmerge(self) -> nn.Module:
@@ -317,10 +352,20 @@ class Adapter:
         if self._unmerged is None:
             raise ValueError("unmerge: the adapter must be merged, and it is not")
         for name, layer in self.layers.items():
-            layer.base_layer.weight.data = self._unmerged[name]
+            # The model may have been moved meanwhile, without the layers that were out of it.
+            merged, original = layer.base_layer.weight, self._unmerged[name]
+            original.data = original.data.to(merged)
+            layer.base_layer.weight = original
+            layer.pair.to(merged.device)
             _replace(self.model, name, layer)
         self._unmerged = None
+        _set_fused_encoders(self.model, self.layers, self._fused)
         return self.model
+
+    def _restore_fused_encoders(self) -> None:
+        for module, value in self._fused.items():
+            module.activation_relu_or_gelu = value
+        self._fused.clear()
 
     def detach(self) -> nn.Module:
         """Take the adapter off: original modules, weights and requires_grad flags.  Returns: the model."""
@@ -330,7 +375,9 @@ class Adapter:
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base_layer)
         for name, module in self._originals.items():
-            _replace(self.model, name, module)
+            trained = next(self.saved[name].parameters(), None)
+            _replace(self.model, name, module if trained is None else module.to(trained.device, trained.dtype))
+        self._restore_fused_encoders()
         for parameter, flag in self._required.items():
             parameter.requires_grad_(flag)
         self._attached = False

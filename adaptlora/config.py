@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 from .ops.rank_penalty import PENALTIES
 
@@ -68,6 +69,15 @@ class LoraConfig:
                 positive = value > 0 if _is_number(value) else False
                 if not positive or (pattern == "rank_pattern" and not _is_int(value)):
                     raise ValueError(f"{type(self).__name__}: {pattern}[{key!r}] must be > 0, got {value!r}")
+        for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            value = getattr(self, field)
+            for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+                try:
+                    re.compile(expression)
+                except re.error as error:
+                    raise ValueError(
+                        f"{type(self).__name__}: {field} must be a regular expression, got {expression!r}: {error}"
+                    ) from error
         _require(self.bias == "none", self, "bias", 'must be "none"')
         _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", 'must be "kaiming"')
         _require(_is_int(self.seed), self, "seed", "must be an integer")

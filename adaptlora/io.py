@@ -27,7 +27,12 @@ _UNSUPPORTED = {
     "target_parameters": "bare parameters are adapted",
     "alora_invocation_tokens": "the adapter is activated by tokens",
     "arrow_config": "the adapter is routed",
+    "use_qalora": "x is pooled before lora_A",
+    "use_bdlora": "the factors are block-diagonal",
 }
+
+# PEFT derives the base's weights anew from other ones when it loads the adapter: a residual is what the factors belong to.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def check_pair(op: str, name: str, lora_A, lora_B, layer) -> None:
@@ -77,13 +82,18 @@ class StoredAdapter:
             if name not in adapter.layers:
                 raise ValueError(f"{op}: its modules must be adapted modules of the model, got {name!r}")
             check_pair(op, name, lora_A, lora_B, adapter.layers[name])
-        for name, tensors in self.saved.items():
-            if name not in adapter.saved:
-                raise ValueError(f"{op}: its modules_to_save must be trained by the adapter, got {name!r}")
-            expected = {key: tuple(value.shape) for key, value in adapter.saved[name].state_dict().items()}
-            found = {key: tuple(value.shape) for key, value in tensors.items()}
-            if expected != found:
-                raise ValueError(f"{op}: {name} must hold {expected}, got {found}")
+        check_saved(op, self.saved, adapter.saved)
+
+
+def check_saved(op: str, found: dict[str, dict], modules: dict[str, torch.nn.Module]) -> None:
+    """`found` must hold every tensor of the adapter's modules_to_save, and nothing else.  Raises: ValueError."""
+    if found.keys() != modules.keys():
+        raise ValueError(f"{op}: modules_to_save must be the adapter's, {sorted(modules)}, got {sorted(found)}")
+    for name, module in modules.items():
+        expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        shapes = {key: tuple(value.shape) for key, value in found[name].items()}
+        if expected != shapes:
+            raise ValueError(f"{op}: {name} must hold {expected}, got {shapes}")
 
 
 def read(path) -> StoredAdapter:
@@ -127,6 +137,11 @@ def pair_up(op: str, file: Path, halves: dict[str, dict]) -> dict[str, tuple[tor
             raise ValueError(
                 f"{op}: {file}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}"
             )
+        for factor, tensor in pair.items():
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(
+                    f"{op}: {file}: {name}: {factor} must hold finite floating-point numbers, got {tensor.dtype}"
+                )
     if not halves:
         raise ValueError(f"{op}: {file} must hold lora_A and lora_B of at least one module, got none")
     return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
@@ -146,12 +161,34 @@ def read_config(op: str, file: Path) -> dict:
     return config
 
 
+def _positive(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
 def _check_supported(file: Path, config: dict) -> None:
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), (int, float)) or config[field] <= 0:
-            raise ValueError(f"load: {file}: {field} must be a number > 0, got {config.get(field)!r}")
+    """Raises: ValueError if the configuration is damaged, or means something that the factors alone do not hold."""
+    if not _positive(config.get("r")) or config["r"] != int(config["r"]):
+        raise ValueError(f"load: {file}: r must be an integer > 0, got {config.get('r')!r}")
+    if not _positive(config.get("lora_alpha")):
+        raise ValueError(f"load: {file}: lora_alpha must be a number > 0, got {config.get('lora_alpha')!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict) or not all(map(_positive, pattern.values())):
+            raise ValueError(f"load: {file}: {field} must give numbers > 0 by module, got {pattern!r}")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(
+                    f"load: {file}: {field} must have regular expressions as keys, got {key!r}: {error}"
+                ) from error
     if config.get("bias", "none") != "none":
         raise ValueError(f'load: {file}: bias must be "none", got {config["bias"]!r}')
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        found = config["init_lora_weights"]
+        raise ValueError(
+            f"load: {file}: init_lora_weights must leave the base weights alone ({_PLAIN_INITS}), got {found!r}"
+        )
     for field, reason in _UNSUPPORTED.items():
         if config.get(field):
             raise ValueError(f"load: {file}: {field} is not supported ({reason}), got {config[field]!r}")
@@ -238,7 +275,7 @@ def write(adapter, path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with atomic_file(path / WEIGHTS_FILE) as weights_file, atomic_file(path / CONFIG_FILE) as config_file:
         save_file(tensors, weights_file, metadata={"format": "pt"})
-        config_file.write_text(config)
+        config_file.write_text(config, encoding="utf-8")
 
 
 class atomic_file:

@@ -153,6 +153,12 @@ class RankedPair(nn.Module):
                 store = stores.get((name, key), rows)
                 yield _Slot(name, rows, store if _is_prefix(rows, store) else _rejoin(rows, store), optimizer, key)
 
+    def check_states(self) -> None:
+        """Raises: TypeError if a tracked optimizer keeps state that could not follow a rank change."""
+        for name in FACTORS:
+            for _ in self._state_slots(name):
+                pass
+
     def plan(self, rank: int, *, order=None, compact: bool = False, generator=None) -> RankPlan:
         """
         Prepare a change to `rank` active vectors; nothing changes before `RankPlan.commit`, which cannot fail.
@@ -247,8 +253,10 @@ class RankedPair(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         incoming = state_dict.get(prefix + "lora_A")
-        if isinstance(incoming, torch.Tensor) and incoming.shape[1:] == self.lora_A.shape[1:]:
-            self.plan(incoming.shape[0]).commit()
+        fits = isinstance(incoming, torch.Tensor) and incoming.shape[1:] == self.lora_A.shape[1:]
+        if fits and incoming.shape[0] != self.rank:
+            # Vectors that were parked belong to the values that are replaced here.
+            self.plan(incoming.shape[0], compact=True).commit()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):

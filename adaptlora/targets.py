@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from .nn import LoraLinear, is_linear
+from .nn import is_linear
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("classifier", "score", "lm_head", "qa_outputs")
@@ -51,11 +51,11 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
     """
     op = "attach"
     modules = dict(model.named_modules())
-    adapted = next((name for name, module in modules.items() if isinstance(module, LoraLinear)), None)
+    # PEFT's layers, too, keep what they adapt as `base_layer`.
+    adapted = next((name for name, module in modules.items() if hasattr(module, "base_layer")), None)
     if adapted is not None:
-        raise ValueError(
-            f"{op}: model must not be adapted already; {adapted!r} is a LoraLinear (detach or merge it first)"
-        )
+        kind = type(modules[adapted]).__name__
+        raise ValueError(f"{op}: model must not be adapted already; {adapted!r} is a {kind} (detach or merge it first)")
     linear = {name: module for name, module in modules.items() if name and is_linear(module)}
     spec = config.target_modules
     if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
@@ -93,7 +93,8 @@ def find_saved(model: nn.Module, config) -> dict[str, nn.Module]:
         if not named:
             raise ValueError(f"attach: modules_to_save must name modules of the model, got {entry!r}")
         found.update(named)
-    return found
+    # A module inside another one that is saved is saved with it.
+    return {name: module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
 def _some(names, count: int = 6) -> str:

@@ -219,11 +219,41 @@ DAMAGE = {
     "other method": (lambda p: edit_config(p, peft_type="IA3"), ValueError, "peft_type must be \"LORA\", got 'IA3'"),
     "dora": (lambda p: edit_config(p, use_dora=True), ValueError, "use_dora is not supported .DoRA scales"),
     "bias": (lambda p: edit_config(p, bias="all"), ValueError, "bias must be \"none\", got 'all'"),
-    "no rank": (lambda p: edit_config(p, r=0), ValueError, "r must be a number > 0, got 0"),
+    "no rank": (lambda p: edit_config(p, r=0), ValueError, "r must be an integer > 0, got 0"),
     "other rank": (
         lambda p: edit_config(p, r=5),
         ValueError,
         "must have the rank that adapter_config.json gives, 5, got 6",
+    ),
+    "pissa": (
+        lambda p: edit_config(p, init_lora_weights="pissa"),
+        ValueError,
+        "init_lora_weights must leave the base weights alone .*got 'pissa'",
+    ),
+    "pattern": (
+        lambda p: edit_config(p, alpha_pattern="x"),
+        ValueError,
+        "alpha_pattern must give numbers > 0 by module, got 'x'",
+    ),
+    "pattern value": (
+        lambda p: edit_config(p, alpha_pattern={"query": "8"}),
+        ValueError,
+        "alpha_pattern must give numbers > 0",
+    ),
+    "pattern key": (
+        lambda p: edit_config(p, rank_pattern={"*": 3}),
+        ValueError,
+        "rank_pattern must have regular expressions as keys",
+    ),
+    "not numbers": (
+        lambda p: edit_tensors(p, lambda t: t[first_key(t, "lora_A")].fill_(float("nan"))),
+        ValueError,
+        "lora_A must hold finite floating-point numbers",
+    ),
+    "integers": (
+        lambda p: edit_tensors(p, lambda t: t.update({first_key(t, "lora_A"): t[first_key(t, "lora_A")].int()})),
+        ValueError,
+        "lora_A must hold finite floating-point numbers, got torch.int32",
     ),
     "half a pair": (
         lambda p: edit_tensors(p, lambda t: t.pop(first_key(t, "lora_B"))),

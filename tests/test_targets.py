@@ -113,6 +113,12 @@ def test_bad_targets_leave_the_model_alone(fields, error, text):
     assert dict(model.named_modules()) == before and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_bad_regular_expression_is_named(field):
+    with pytest.raises(ValueError, match=rf"{field} must be a regular expression, got '\*first'"):
+        config(**{field: "*first"})
+
+
 def test_a_target_that_is_not_linear():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     with pytest.raises(TypeError, match="target_modules must be nn.Linear or Conv1D, got LayerNorm at '1'"):

@@ -23,7 +23,7 @@ def examples(count):
     return [{key: value[i] for key, value in data.items()} for i in range(count)]
 
 
-def run_trainer(adapter, tmp_path, accumulation=1, **arguments):
+def run_trainer(adapter, tmp_path, accumulation=1, resume=None, evaluate=False, **arguments):
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=STEPS,
@@ -40,8 +40,15 @@ def run_trainer(adapter, tmp_path, accumulation=1, **arguments):
         train_sampling_strategy="sequential",
         **arguments,
     )
-    trainer = Trainer(adapter.model, arguments, train_dataset=examples(4 * STEPS), callbacks=[adapter.callback()])
-    trainer.train()
+    data = examples(4 * STEPS)
+    trainer = Trainer(
+        adapter.model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data if evaluate else None,
+        callbacks=[adapter.callback()],
+    )
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer
 
 
@@ -115,6 +122,63 @@ def test_checkpoints_hold_a_peft_adapter(tmp_path):
         adapter.model.eval()
         expected = adapter.model(**bert_batch()).logits
         torch.testing.assert_close(late.model(**bert_batch()).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_resuming_from_a_checkpoint_equals_an_uninterrupted_run(stop, rescale, tmp_path):
+    """Stopped before the clip (step 4) and after it; the resumed run must neither repeat nor forget it."""
+    whole, resumed = make(rescale=rescale), make(rescale=rescale)
+    run_trainer(whole, tmp_path, save_strategy="steps", save_steps=1)
+    run_trainer(resumed, tmp_path / "again", resume=tmp_path / f"checkpoint-{stop}")
+    assert resumed.ranks() == whole.ranks() and resumed.method.state_dict() == whole.method.state_dict()
+    for mine, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, expected) and mine.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+    for name, layer in resumed.layers.items():
+        assert layer.scaling == whole.layers[name].scaling
+
+
+def test_the_best_model_is_loaded_across_the_clip(tmp_path):
+    adapter = make(rescale=True)
+    trainer = run_trainer(
+        adapter,
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        evaluate=True,
+    )
+    best = trainer.state.best_model_checkpoint
+    step = int(best.rsplit("-", 1)[1])
+    assert adapter.method.t == step and (set(adapter.ranks().values()) == {4}) == (step < 4)
+    expected = adaptlora.load(tiny_bert().double(), f"{best}/adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            adapter.model.eval()(**bert_batch()).logits, expected.model(**bert_batch()).logits, rtol=1e-6, atol=1e-9
+        )
+
+
+def test_a_clip_that_the_run_does_not_reach_is_refused(tmp_path):
+    adapter = make(t_p=3, t_c=STEPS)
+    with pytest.raises(ValueError, match="t_c must be less than the 6 steps that the method will have seen, got 6"):
+        run_trainer(adapter, tmp_path)
+    assert adapter.method.t == 0
+
+
+def test_an_adaptive_run_that_never_clips_says_so(tmp_path):
+    adapter = make(schedule="adaptive", min_steps=100)
+    with pytest.warns(UserWarning, match=r"the ranks were not changed in 6 steps \(phase: penalty\)"):
+        run_trainer(adapter, tmp_path)
+
+
+def test_an_adaptive_schedule_without_the_models_loss_is_an_error(tmp_path):
+    adapter = make(schedule="adaptive")
+    with pytest.raises(ValueError, match='the model must return its loss for schedule="adaptive"'):
+        run_trainer(adapter, tmp_path, label_smoothing_factor=0.1)
 
 
 def test_mixed_precision(tmp_path):

@@ -26,6 +26,8 @@ def twin(base: nn.Module, adapter) -> nn.Module:
             target_modules=list(adapter.layers),
             modules_to_save=config.modules_to_save,
             use_rslora=config.use_rslora,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
         ),
     )
     with torch.no_grad():

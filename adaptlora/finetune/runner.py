@@ -113,7 +113,9 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
 
 
 def _counts(summary: dict) -> dict[str, int]:
-    return {name: value for name, value in summary.items() if name.endswith(("_parameters", "_bytes"))}
+    # Between steps there are no gradients to count.
+    counted = ("_parameters", "adapter_bytes", "optimizer_bytes")
+    return {name: value for name, value in summary.items() if name.endswith(counted)}
 
 
 def _scores_text(scores: dict[str, float]) -> str:

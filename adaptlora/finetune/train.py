@@ -5,6 +5,7 @@ for step in train({"ours": learner}, batches, steps=100):
     print(step.number, step.results["ours"].loss)
 """
 
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,6 +61,11 @@ class Learner:
         self.model.train()
         start = _now(batch)
         loss = self.model(**batch).loss
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(
+                f"train: the loss must be finite, got {value}; a lower learning rate than {self.lr} may help"
+            )
         total = loss if self.adapter is None else loss + self.adapter.penalty()
         total.backward()
         self.optimizer.step()
@@ -70,13 +76,8 @@ class Learner:
             if self.first_summary is None:
                 self.first_summary = self.adapter.summary()
             start = _now(batch)
-            change = self.adapter.step(loss)
+            change = self.adapter.step(value)
             seconds += _now(batch) - start
-        value = loss.item()
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ValueError(
-                f"train: the loss must be finite, got {value}; a lower learning rate than {self.lr} may help"
-            )
         return StepResult(value, seconds, change)
 
 

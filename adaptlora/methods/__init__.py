@@ -10,3 +10,12 @@ METHODS = {LoraConfig: FixedRank, NormALConfig: NormAL}
 def method_for(config, layers) -> Method:
     """The method that a configuration asks for, checked against the modules it will decide about."""
     return METHODS[type(config)](config, layers)
+
+
+def check_config(config) -> None:
+    """Raises: TypeError if `config` is no configuration of this package (PEFT's LoraConfig, for one, is not)."""
+    if type(config) not in METHODS:
+        names = ", ".join(kind.__name__ for kind in METHODS)
+        raise TypeError(
+            f"attach: config must be one of adaptlora's {names}, got {type(config).__module__}.{type(config).__name__}"
+        )

@@ -20,7 +20,10 @@ class Method(Protocol):
     phase: str
 
     def needs_optimizer(self) -> bool:
-        """Whether the next `step` shrinks vectors or changes ranks, and so needs a tracked optimizer."""
+        """Whether this or a later `step` shrinks vectors or changes ranks, and so needs a tracked optimizer."""
+
+    def may_change_ranks(self) -> bool:
+        """Whether the next `step` may return new ranks."""
 
     def needs_loss(self) -> bool:
         """Whether the next `step` decides by the task loss."""
@@ -30,6 +33,9 @@ class Method(Protocol):
 
     def step(self, loss: float | None, optimizers: list[torch.optim.Optimizer]) -> dict[str, int] | None:
         """Advance by one optimizer step; the new rank of every module if ranks change now, else None."""
+
+    def start_from(self, ranks: dict[str, int]) -> None:
+        """The modules were given other ranks from outside (a file).  Raises: ValueError (they do not suit the configuration)."""
 
     def scaling(self, name: str, layer: LoraLinear, rank: int) -> float:
         """The module's scaling after a change to `rank`."""
@@ -51,8 +57,14 @@ class FixedRank:
     def needs_optimizer(self) -> bool:
         return False
 
+    def may_change_ranks(self) -> bool:
+        return False
+
     def needs_loss(self) -> bool:
         return False
+
+    def start_from(self, ranks) -> None:
+        """Any ranks will do."""
 
     def penalty(self) -> None:
         return None

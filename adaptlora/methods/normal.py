@@ -27,15 +27,16 @@ def budget_ranks(module_scores: list[list[float]], budget: int) -> list[int]:
     Greedy: one more rank to the module whose next vector scores highest; ties to the lower rank, then the earlier module.
     Since s_1 = 1 is the highest score there is and rank 0 the lowest, every module gets its first vector first.
 
+    A module without vectors (rank 0) stays without.
     Raises: ValueError (budget below the number of modules or above all ranks together).
     """
-    modules, total = len(module_scores), sum(map(len, module_scores))
+    modules, total = sum(map(bool, module_scores)), sum(map(len, module_scores))
     if not modules <= budget <= total:
         raise ValueError(
             f"NormAL: budget must be between {modules} (one rank for each module) and {total} (all ranks together), got {budget}"
         )
-    ranks = [0] * modules
-    heap = [(-of_module[0], 0, index) for index, of_module in enumerate(module_scores)]
+    ranks = [0] * len(module_scores)
+    heap = [(-of_module[0], 0, index) for index, of_module in enumerate(module_scores) if of_module]
     heapq.heapify(heap)
     for _ in range(budget):
         _, rank, index = heapq.heappop(heap)
@@ -51,7 +52,10 @@ def threshold_ranks(module_scores: list[list[float]], threshold: float, first_be
     for of_module in module_scores:
         above = [r for r, score in enumerate(of_module, start=1) if score > threshold]
         below = [r for r, score in enumerate(of_module, start=1) if score <= threshold]
-        ranks.append((below[0] - 1 if below else len(of_module)) if first_below else above[-1])
+        if first_below:
+            ranks.append(below[0] - 1 if below else len(of_module))
+        else:
+            ranks.append(max(above, default=0))
     return ranks
 
 
@@ -61,15 +65,14 @@ class NormAL:
     def __init__(self, config: NormALConfig, layers: dict[str, LoraLinear]):
         self.config = config
         self.layers = layers
-        self.full_ranks = {name: layer.rank for name, layer in layers.items()}
+        self.full_ranks: dict[str, int] = {}
         self.budget = config.budget
         if config.target_r is not None:
             self.budget = round(config.target_r * len(layers))
-        if self.budget is not None:
-            budget_ranks([[1.0] * rank for rank in self.full_ranks.values()], self.budget)
+        self.clipped = False
+        self.start_from({name: layer.rank for name, layer in layers.items()})
         self.t = 0
         self.t_p, self.t_c = config.t_p, config.t_c
-        self.clipped = False
         self.change: float | None = None  # smoothed |L_t − L_{t−1}|
         self.last_loss: float | None = None
 
@@ -90,12 +93,16 @@ class NormAL:
         return self.config.penalty_step == "proximal" and self.config.penalty != "none" and self.phase == "penalty"
 
     def needs_optimizer(self) -> bool:
-        if self.clipped:
-            return False
-        may_clip = self.t + 1 == self.t_c or (
-            self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps
-        )
-        return may_clip or self._shrinks()
+        return not self.clipped
+
+    def may_change_ranks(self) -> bool:
+        adaptive = self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps
+        return not self.clipped and (adaptive or self.t + 1 == self.t_c)
+
+    def start_from(self, ranks: dict[str, int]) -> None:
+        if self.budget is not None and not self.clipped:
+            budget_ranks([[1.0] * rank for rank in ranks.values()], self.budget)
+        self.full_ranks = dict(ranks)
 
     def penalty(self) -> torch.Tensor | None:
         """η_p · P while t < t_p, for penalty_step="gradient".          [Eq. 5]"""
@@ -171,10 +178,13 @@ class NormAL:
     def scaling(self, name: str, layer: LoraLinear, rank: int) -> float:
         if not self.config.rescale:
             return layer.scaling
-        return layer.scaling * self.config.scaling(rank, 1.0) / self.config.scaling(self.full_ranks[name], 1.0)
+        full = self.full_ranks[name]
+        return (
+            layer.scaling * self.config.scaling(rank, 1.0) / self.config.scaling(full, 1.0) if full else layer.scaling
+        )
 
     def state_dict(self) -> dict:
-        names = ("t", "t_p", "t_c", "clipped", "change", "last_loss")
+        names = ("t", "t_p", "t_c", "clipped", "change", "last_loss", "full_ranks")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..ops import lora_linear
+from ..ops._library import accumulation_dtype
 from ..ranks import RankedPair
 
 
@@ -13,12 +14,11 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `LoraLinear` can wrap the module: nn.Linear (not a quantised subclass) or transformers' Conv1D."""
-    return (
-        type(module) is nn.Linear
-        or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        or _is_conv1d(module)
-    )
+    """Whether `LoraLinear` can wrap the module: nn.Linear itself or transformers' Conv1D.
+
+    Subclasses of nn.Linear are not: quantised ones hold no float weight, and nn.MultiheadAttention never calls its out_proj.
+    """
+    return type(module) is nn.Linear or _is_conv1d(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -101,7 +101,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W + scaling · B A, computed in float32 (float64 for float64) and rounded once; shape and dtype of `weight`."""
-        delta = self.scaling * (self.lora_B @ self.lora_A)
+        acc = accumulation_dtype(self.lora_B.dtype)
+        delta = self.scaling * (self.lora_B.to(acc) @ self.lora_A.to(acc))
         if self.fan_in_fan_out:
             delta = delta.t()
         return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
