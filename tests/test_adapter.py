@@ -1,6 +1,8 @@
 """Adapter: attach, train, merge, detach, state; the raw loop of the README; bad input before anything changes."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,34 +21,27 @@ def lora(**fields):
     return adaptlora.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | fields)
 
 
-def test_the_raw_loop(tmp_path):
+def test_the_readmes_loop(tmp_path, monkeypatch):
+    """README's example, as it stands there."""
     from peft import PeftModel
 
-    model, loader = tiny_bert(), [bert_batch(seed=seed) for seed in range(6)]
-    out = tmp_path / "out"
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "adaptlora.attach" in block)
+    *loop, merge = example.strip().splitlines()
+    assert merge.startswith("adapter.merge()")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_bert()
+    names = {"torch": torch, "model": model, "loader": [bert_batch()] * 120}
+    exec("\n".join(loop), names)
 
-    adapter = adaptlora.attach(
-        model,
-        adaptlora.NormALConfig(r=8, target_r=4, lora_alpha=16, target_modules="all-linear", min_steps=2, max_steps=4),
-    )
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
-    adapter.track(optimizer)
-    for inputs in loader:
-        loss = model(**inputs).loss
-        (loss + adapter.penalty()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        adapter.step(loss)
-    adapter.save(out)
-
-    ranks = adapter.ranks()
+    ranks = names["adapter"].ranks()
     assert len(ranks) == 13 and sum(ranks.values()) == 4 * 13 and min(ranks.values()) >= 1
-    logits = model(**loader[0]).logits
-    reloaded = PeftModel.from_pretrained(tiny_bert(), out).eval()
-    torch.testing.assert_close(reloaded(**loader[0]).logits, logits, rtol=1e-5, atol=1e-6)
-    adapter.merge()
+    logits = model(**bert_batch()).logits
+    reloaded = PeftModel.from_pretrained(tiny_bert(), "out/").eval()
+    torch.testing.assert_close(reloaded(**bert_batch()).logits, logits, rtol=1e-5, atol=1e-6)
+    exec(merge, names)
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
-    torch.testing.assert_close(model(**loader[0]).logits, logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(**bert_batch()).logits, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_attach_changes_no_output_and_freezes_the_base():
