@@ -26,7 +26,9 @@ def test_the_readmes_loop(tmp_path, monkeypatch):
     from peft import PeftModel
 
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "adaptlora.attach" in block)
+    (example,) = (
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "adaptlora.attach" in block
+    )
     *loop, merge = example.strip().splitlines()
     assert merge.startswith("adapter.merge()")
     monkeypatch.chdir(tmp_path)
