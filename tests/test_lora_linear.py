@@ -515,3 +515,17 @@ def test_trainable_base_is_allowed_without_gradients(backend):
     sample["weight"].requires_grad_()
     with torch.no_grad():
         call(sample)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"weight": "w"}, "weight must be a tensor, got str"),
+        ({"bias": 3}, "bias must be a tensor or None, got int"),
+        ({"x": torch.ones(2, 5, dtype=torch.int32)}, "x must be a floating-point tensor, got torch.int32"),
+    ],
+)
+def test_autocast_does_not_hide_bad_input(change, text):
+    operands = {"x": torch.ones(2, 5), "weight": torch.ones(4, 5), "bias": None} | change
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=text):
+        lora_linear(*operands.values(), torch.ones(3, 5), torch.ones(4, 3))

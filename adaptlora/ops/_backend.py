@@ -1,7 +1,8 @@
 """Which implementation runs: the one place that decides.
 
 CUDA tensors go to Triton, CPU tensors to the C++ extension, everything else (float64, other devices, no extension) to the
-torch reference. `ADAPTLORA_BACKEND=triton|cpp|reference` overrides it; an override that cannot run is an error, not a fall-back.
+torch reference. `ADAPTLORA_BACKEND=triton|cpp|reference` overrides it; an override that cannot run is an error, not a fall-back
+(but float64, which has no kernels, takes the reference under any override).
 """
 
 import functools

@@ -190,6 +190,12 @@ def _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p) -> N
     check_dropout(OP, dropout_p)
 
 
+def _autocast(t, dtype: torch.dtype):
+    """`t` as torch's autocast would cast it: floating-point tensors other than float64. The checks see what else there is."""
+    castable = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if castable else t
+
+
 def lora_linear(
     x, weight, bias, lora_A, lora_B, *, scaling=1.0, rank_scale=None, dropout_p=0.0, seed=None
 ) -> torch.Tensor:
@@ -216,8 +222,7 @@ def lora_linear(
         and torch.is_autocast_enabled(x.device.type)
     ):
         dtype = torch.get_autocast_dtype(x.device.type)
-        # As torch's autocast, which never casts float64.
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
     _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p)
     seed = as_seed(OP, seed, x.device) if dropout_p > 0 else None
     return torch.ops.adaptlora.lora_linear(
