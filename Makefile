@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
-	@echo "make demo-e2e    SmolLM2-135M + E2E: perplexity and BLEU before and after"
+	@echo "make demo-e2e    SmolLM2-135M + E2E: perplexity and BLEU before and after (11 minutes)"
 	@echo "make test        the whole test suite"
 	@echo "make lint        ruff"
 	@echo "make bench       every benchmark, ratios printed and written to bench/results/"
