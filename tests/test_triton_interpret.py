@@ -1,7 +1,7 @@
-"""The tests of the Triton kernels in triton's interpreter, which needs no GPU.
+"""The tests that need triton's interpreter, which needs no GPU.
 
-Whether a kernel is interpreted is fixed when triton is imported, which another test of this process may have done, so they
-run in a process of their own.
+Whether a kernel is interpreted is fixed when triton is imported, which another test of this process may have done, so each
+file runs in a process of its own.
 """
 
 import os
@@ -12,12 +12,13 @@ import sys
 import pytest
 
 
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize("file", ["test_triton_kernels.py", "test_traffic.py"])
+def test_in_the_interpreter(file):
     pytest.importorskip("triton", reason="triton is not installed")
     tests = pathlib.Path(__file__).resolve().parent
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("ADAPTLORA_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / "test_triton_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests / file)]
     done = subprocess.run(command, env=environment, cwd=tests.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout
