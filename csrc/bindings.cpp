@@ -15,10 +15,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa", [isa] { return isa; }, "The instruction set the kernels use: avx512, avx2 or default.");
 
   m.def("lora_linear", &adaptlora::lora_linear_cpu, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("A"),
-        py::arg("B"), py::arg("e"), py::arg("dropout_p"), py::arg("threshold"), py::arg("seed"), no_gil());
+        py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"), py::arg("threshold"),
+        py::arg("seed"), no_gil());
   m.def("lora_linear_backward", &adaptlora::lora_linear_backward_cpu, py::arg("dy"), py::arg("x"), py::arg("weight"),
-        py::arg("S"), py::arg("A"), py::arg("B"), py::arg("e"), py::arg("dropout_p"), py::arg("threshold"),
-        py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"), py::arg("need_G"), no_gil());
+        py::arg("S"), py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"),
+        py::arg("threshold"), py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
+        py::arg("need_dE"), no_gil());
   m.def("dropout_keep", &adaptlora::dropout_keep_cpu, py::arg("seed"), py::arg("M"), py::arg("K"),
         py::arg("threshold"), no_gil());
 

@@ -14,6 +14,7 @@ _C = pytest.importorskip("adaptlora._C")
 
 FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = 0x1234_5678_9ABC_DEF1
+SCALING = 0.75
 
 
 # ---- references
@@ -50,9 +51,11 @@ def keep_mask(seed, M, K, threshold):
     return torch.from_numpy((dropout_bits(seed, M, K) >> np.uint64(8)) >= threshold)
 
 
-def reference(x, weight, bias, A, B, e, p, seed, dy, dtype=torch.float64):
-    """y, S, dx, dA and G as the equations say, in `dtype`."""
-    x, weight, A, B, e, dy = (t.to(dtype) for t in (x, weight, A, B, e, dy))
+def reference(x, weight, bias, A, B, E, p, seed, dy, dtype=torch.float64):
+    """y, S and all gradients as the equations say, in `dtype`."""
+    x, weight, A, B, dy = (t.to(dtype) for t in (x, weight, A, B, dy))
+    E = torch.ones(len(A), dtype=dtype) if E is None else E.to(dtype)
+    e = SCALING * E
     mask = keep_mask(seed, *x.shape, threshold_of(p)) if p > 0 else torch.ones_like(x, dtype=torch.bool)
     xd = torch.where(mask, x / (1 - p), 0)
     S = xd @ A.T
@@ -60,34 +63,45 @@ def reference(x, weight, bias, A, B, e, p, seed, dy, dtype=torch.float64):
     if bias is not None:
         y = y + bias.to(dtype)
     dS = (dy @ B) * e
-    return {"y": y, "S": S, "dx": dy @ weight + torch.where(mask, dS @ A / (1 - p), 0), "dA": dS.T @ xd, "G": dy.T @ S}
+    G = dy.T @ S
+    return {
+        "y": y,
+        "S": S,
+        "dx": dy @ weight + torch.where(mask, dS @ A / (1 - p), 0),
+        "dA": dS.T @ xd,
+        "dB": G * e,
+        "dE": SCALING * (G * B).sum(0),
+    }
 
 
 # ---- running and comparing
 
 
-def run(x, weight, bias, A, B, e, p, seed, dy):
-    seed_tensor = torch.tensor(seed) if p > 0 else None
-    T = threshold_of(p)
-    y, S = _C.lora_linear(x, weight, bias, A, B, e, p, T, seed_tensor)
-    dx, dA, G = _C.lora_linear_backward(dy, x, weight, S, A, B, e, p, T, seed_tensor, True, True, True, True)
-    return {"y": y, "S": S, "dx": dx, "dA": dA, "G": G}
+def run(x, weight, bias, A, B, E, p, seed, dy, need=(True,) * 4):
+    """What the kernels return, without the gradients that are not needed."""
+    options = (E, SCALING, p, threshold_of(p), torch.tensor(seed) if p > 0 else None)
+    y, S = _C.lora_linear(x, weight, bias, A, B, *options)
+    need = (*need[:3], need[3] and E is not None)
+    grads = _C.lora_linear_backward(dy, x, weight, S, A, B, *options, *need)
+    assert [grad is not None for grad in grads] == [bool(needed) for needed in need]
+    named = zip(("dx", "dA", "dB", "dE"), grads, strict=True)
+    return {"y": y, "S": S} | {name: grad for name, grad in named if grad is not None}
 
 
 def check(args, thread_count=1):
     torch.set_num_threads(thread_count)
     out = run(*args)
-    ref = reference(*args)
-    x = args[0]
-    in_float32 = reference(*args, dtype=torch.float32)
+    ref, in_float32 = reference(*args), reference(*args, dtype=torch.float32)
+    x, A, B, E = (args[i] for i in (0, 3, 4, 5))
     in_x_dtype = in_float32 if x.dtype == torch.float32 else reference(*args, dtype=x.dtype)
-    eager = {name: (in_x_dtype if name in ("y", "dx") else in_float32)[name] for name in ref}
-    assert_all_accurate(out, ref, eager)
-    assert out["dA"].is_contiguous() and out["G"].t().is_contiguous()
+    dtypes = {"y": x, "S": torch.empty(0), "dx": x, "dA": A, "dB": B, "dE": E}
+    eager = {name: (in_x_dtype if name in ("y", "dx") else in_float32)[name].to(dtypes[name].dtype) for name in out}
+    assert_all_accurate(out, {name: ref[name] for name in out}, eager)
+    assert out["dA"].is_contiguous() and out["dB"].t().is_contiguous()
     return out
 
 
-def inputs(M, K, N, R, dtype=torch.float32, factor_dtype=None, p=0.0, bias=True):
+def inputs(M, K, N, R, dtype=torch.float32, factor_dtype=None, p=0.0, bias=True, rank_scale=True):
     g = torch.Generator().manual_seed(M + 7 * K + 13 * N + 31 * R)
 
     def normal(*shape):
@@ -96,10 +110,10 @@ def inputs(M, K, N, R, dtype=torch.float32, factor_dtype=None, p=0.0, bias=True)
     factor_dtype = factor_dtype or dtype
     A = (normal(R, K) / K**0.5).to(factor_dtype)
     B = normal(R, N).to(factor_dtype).t()
-    e = normal(R)
+    E = normal(R).to(factor_dtype) if rank_scale else None
     b = normal(N).to(dtype) if bias else None
     weight = (normal(N, K) / K**0.5).to(dtype)
-    return normal(M, K).to(dtype), weight, b, A, B, e, p, SEED, normal(M, N).to(dtype)
+    return normal(M, K).to(dtype), weight, b, A, B, E, p, SEED, normal(M, N).to(dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +171,8 @@ def test_dropout_keep_rate():
 @pytest.mark.parametrize("K", [13, 63, 385])
 @pytest.mark.parametrize("M", [1, 63, 500])
 def test_lora_linear_grid(M, K, N, R, p):
-    check(inputs(M, K, N, R, p=p, bias=R % 2 == 1), thread_count=1 + R % 2)
+    # Of a single rank dE is one sum that may cancel to any degree: no scale to hold its error to.
+    check(inputs(M, K, N, R, p=p, bias=R % 2 == 1, rank_scale=R > 1), thread_count=1 + R % 2)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -174,6 +189,11 @@ def test_lora_linear_low_precision_factors(dtype):
     check(inputs(63, 385, 130, 8, torch.float32, dtype, 0.3))
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_lora_linear_without_rank_scale(dtype):
+    check(inputs(63, 385, 130, 8, dtype, p=0.3, rank_scale=False))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_lora_linear_wider_than_a_tile(p):
     check(inputs(70, 1100, 1500, 5, p=p), thread_count=2)
@@ -185,17 +205,18 @@ def test_lora_linear_wider_than_a_tile(p):
 def test_lora_linear_strides(layout, dtype):
     args = inputs(50, 63, 41, 13, dtype, p=0.3)
     moved = [laid_out(t, layout) if torch.is_tensor(t) and t.dim() == 2 else t for t in args]
-    for i in (2, 5):  # bias and e
+    for i in (2, 5):  # bias and E
         moved[i] = laid_out(args[i].unsqueeze(0), "strided").squeeze(0)
     out = check(moved, thread_count=2)
     expected = run(*args)
-    for name in ("S", "dA", "G"):  # no base GEMM in these: the same arithmetic to the last bit, whatever the strides
+    # Without a base GEMM: the same arithmetic to the last bit, whatever the strides.
+    for name in ("S", "dA", "dB", "dE"):
         assert torch.equal(out[name], expected[name])
 
 
 def test_lora_linear_broadcast_dy():
-    x, weight, bias, A, B, e, p, seed, _ = inputs(50, 63, 41, 13, p=0.3)
-    check((x, weight, bias, A, B, e, p, seed, torch.ones(1, 1).expand(50, 41)))
+    *operands, _ = inputs(50, 63, 41, 13, p=0.3)
+    check((*operands, torch.ones(1, 1).expand(50, 41)))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -210,15 +231,9 @@ def test_lora_linear_is_deterministic(threads):
 @pytest.mark.parametrize("needs", [(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)])
 def test_lora_linear_backward_computes_what_is_asked(needs):
     args = inputs(63, 63, 41, 13, p=0.3)
-    x, weight, _, A, B, e, p, seed, dy = args
     full = run(*args)
-    out = _C.lora_linear_backward(
-        dy, x, weight, full["S"], A, B, e, p, threshold_of(p), torch.tensor(seed), *map(bool, needs)
-    )
-    wanted = (needs[0], needs[1], needs[2] or needs[3])
-    for value, is_wanted, name in zip(out, wanted, ("dx", "dA", "G"), strict=True):
-        assert (value is not None) == bool(is_wanted)
-        assert value is None or torch.equal(value, full[name])
+    for name, value in run(*args, need=needs).items():
+        assert torch.equal(value, full[name]), name
 
 
 def test_lora_linear_under_autocast_and_autograd():
@@ -249,7 +264,8 @@ def test_lora_linear_keeps_its_inputs():
         ({"x": torch.zeros(3, 8, dtype=torch.float64)}, "x must be a dense float32"),
         ({"x": torch.zeros(0, 8)}, "x must have shape"),
         ({"bias": torch.zeros(5)}, r"bias must be .* \(6,\).* \[5\]"),
-        ({"e": torch.zeros(3)}, r"e must be float32 of shape \(R,\) = \(4,\)"),
+        ({"rank_scale": torch.zeros(3)}, r"rank_scale must be float32, .* of shape \(R,\) = \(4,\).* got Float \[3\]"),
+        ({"rank_scale": torch.zeros(4).double()}, r"rank_scale must be float32, bfloat16 or float16 .* got Double"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1"),
         ({"dropout_p": 0.5, "threshold": 2**25}, "threshold must be in"),
         ({"dropout_p": 0.5, "seed": None}, "seed must be given"),
@@ -263,7 +279,8 @@ def test_lora_linear_refuses(change, message):
         "bias": None,
         "A": torch.zeros(4, 8),
         "B": torch.zeros(6, 4),
-        "e": torch.ones(4),
+        "rank_scale": torch.ones(4),
+        "scaling": 1.0,
         "dropout_p": 0.0,
         "threshold": 0,
         "seed": torch.tensor(1),
@@ -271,6 +288,13 @@ def test_lora_linear_refuses(change, message):
     _C.lora_linear(**good)
     with pytest.raises(RuntimeError, match=message):
         _C.lora_linear(**(good | change))
+
+
+def test_lora_linear_backward_refuses_the_gradient_of_no_rank_scale():
+    x, weight, _, A, B, _, p, _, dy = inputs(3, 8, 6, 4)
+    arguments = (dy, x, weight, torch.zeros(3, 4), A, B, None, 1.0, p, 0, None, False, False, False, True)
+    with pytest.raises(RuntimeError, match="lora_linear_backward: rank_scale must be given when need_dE, got None"):
+        _C.lora_linear_backward(*arguments)
 
 
 # ---- rank_norms, rank_scale, rank_scale_

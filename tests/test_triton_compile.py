@@ -48,10 +48,10 @@ def lora_linear_launches(dtype, factor_dtype, R, p, tf32, peft):
     x, dy, weight = (torch.zeros(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
     A = torch.zeros(R, K, dtype=factor_dtype)
     B = torch.zeros(N, R, dtype=factor_dtype) if peft else torch.zeros(R, N, dtype=factor_dtype).t()
-    e, seed = torch.ones(R), torch.tensor(1) if p else None
+    options = (torch.ones(R, dtype=factor_dtype), 2.0, p, 1 << 20, torch.tensor(1) if p else None)
     with recorded_launches() as launches:
-        _, s = lora_linear.lora_linear(x, weight, None, A, B, e, p, 1 << 20, seed)
-        lora_linear.lora_linear_backward(dy, x, weight, s, A, B, e, p, 1 << 20, seed, True, True, True, True)
+        _, s = lora_linear.lora_linear(x, weight, None, A, B, *options)
+        lora_linear.lora_linear_backward(dy, x, weight, s, A, B, *options, True, True, True, True)
     return launches
 
 

@@ -28,6 +28,7 @@ else:
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = -0x123456789ABCDEF
+SCALING = 0.75
 # (M, K, N, R): below, at and above the widths of the tiles; 200 ranks take several rank blocks.
 SIZES = [(1, 13, 7, 1), (33, 63, 65, 13), (70, 130, 65, 33), (33, 130, 7, 128), (70, 63, 65, 200), (150, 13, 260, 8)]
 LAYOUTS = ["contiguous", "transposed", "padded", "strided"]
@@ -79,19 +80,22 @@ def test_a_word_at_the_threshold_is_kept(lane):
         assert dropout.dropout_keep(torch.tensor(SEED, device=DEVICE), 3, 13, least)[2, 8 + lane] == kept
 
 
-def equations(x, weight, bias, A, B, e, dy, keep, p, dtype) -> dict:
+def equations(x, weight, bias, A, B, E, dy, keep, p, dtype) -> dict:
     """All results of the layer in plain torch operations of `dtype`."""
-    x, weight, bias, A, B, e, dy = (t.to(dtype) for t in (x, weight, bias, A, B, e, dy))
+    x, weight, bias, A, B, E, dy = (t.to(dtype) for t in (x, weight, bias, A, B, E, dy))
     mask = keep.to(dtype) / (1 - p)
+    e = SCALING * E
     dropped = x * mask
     s = dropped @ A.t()
     ds = (dy @ B) * e
+    G = dy.t() @ s
     return {
         "y": x @ weight.t() + bias + (s * e) @ B.t(),
         "S": s,
         "dx": dy @ weight + mask * (ds @ A),
         "dA": ds.t() @ dropped,
-        "G": dy.t() @ s,
+        "dB": G * e,
+        "dE": SCALING * (G * B).sum(0),
     }
 
 
@@ -104,23 +108,27 @@ def inputs(sizes, dtype, factor_dtype, layouts) -> dict:
         values = torch.randn(shape, device=DEVICE).to(factor_dtype if name in "AB" else dtype)
         made[name] = laid_out(values, layout)
     made["bias"] = torch.randn(N, device=DEVICE).to(dtype)
-    made["e"] = torch.rand(R, device=DEVICE) + 0.5
+    made["E"] = (torch.rand(R, device=DEVICE) + 0.5).to(factor_dtype)
     return made
+
+
+GRADIENTS = ("dx", "dA", "dB", "dE")
 
 
 def run(made: dict, p: float, seed, need=(True,) * 4) -> dict:
     """The same results from the kernels."""
-    x, weight, bias, A, B, e, dy = (made[name] for name in ("x", "weight", "bias", "A", "B", "e", "dy"))
-    y, s = lora_linear.lora_linear(x, weight, bias, A, B, e, p, threshold(p), seed)
-    dx, dA, g = lora_linear.lora_linear_backward(dy, x, weight, s, A, B, e, p, threshold(p), seed, *need)
-    return {"y": y, "S": s, "dx": dx, "dA": dA, "G": g}
+    x, weight, bias, A, B, E, dy = (made[name] for name in ("x", "weight", "bias", "A", "B", "E", "dy"))
+    options = (E, SCALING, p, threshold(p), seed)
+    y, s = lora_linear.lora_linear(x, weight, bias, A, B, *options)
+    grads = lora_linear.lora_linear_backward(dy, x, weight, s, A, B, *options, *need)
+    return {"y": y, "S": s, **dict(zip(GRADIENTS, grads, strict=True))}
 
 
 def compare(out: dict, made: dict, keep, p: float) -> None:
     dtype = made["x"].dtype
     exact = equations(**made, keep=keep, p=p, dtype=torch.float64)
     eager = equations(**made, keep=keep, p=p, dtype=dtype)
-    # S, dA and G are fp32, of operands in the dtype of x: they are held to the error of eager in that dtype.
+    # S and the gradients of fp32 factors are of operands in the dtype of x: they are held to the error of eager in that dtype.
     eager = {name: value.to(out[name].dtype) for name, value in eager.items()}
     assert_all_accurate(out, exact, eager, precision=dtype)
 
@@ -141,9 +149,19 @@ def test_lora_linear(sizes, dtype, p):
     out = run(made, p, seed)
     compare(out, made, keep, p)
     assert out["y"].dtype == out["dx"].dtype == dtype
-    assert out["S"].dtype == out["dA"].dtype == out["G"].dtype == torch.float32
+    assert out["dA"].dtype == out["dB"].dtype == out["dE"].dtype == dtype
+    assert out["S"].dtype == torch.float32
     assert out["S"].is_contiguous() and out["dA"].is_contiguous()
-    assert out["G"].t().is_contiguous()
+    assert out["dB"].t().is_contiguous()
+
+
+def test_lora_linear_without_rank_scale():
+    _, seed = mask(1, 1, 0.3)
+    made = inputs((33, 63, 65, 13), torch.float32, torch.float32, ("contiguous",) * 5)
+    out = run(made | {"E": None}, 0.3, seed, (True, True, True, False))
+    assert out.pop("dE") is None
+    ones = run(made | {"E": torch.ones(13, device=DEVICE)}, 0.3, seed)
+    assert all(torch.equal(value, ones[name]) for name, value in out.items())
 
 
 @pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32])
@@ -167,9 +185,9 @@ def test_only_what_is_needed_is_computed_and_alike(R):
     _, seed = mask(1, 1, 0.3)
     made = inputs((33, 63, 65, R), torch.float32, torch.float32, ("contiguous",) * 5)
     everything = run(made, 0.3, seed)
-    for only, name in enumerate(("dx", "dA", "G", "G")):
-        out = run(made, 0.3, seed, tuple(i == only for i in range(4)))
-        for other in ("dx", "dA", "G"):
+    for name in GRADIENTS:
+        out = run(made, 0.3, seed, tuple(other == name for other in GRADIENTS))
+        for other in GRADIENTS:
             if other == name:
                 assert_accurate(name, out[name], everything[name].double(), everything[name])
             else:
@@ -204,9 +222,9 @@ def test_a_wrong_element_or_a_missing_gradient_is_noticed():
         out = run(made, 0.3, seed)
         for name, value in out.items():
             wrong = value.clone()
-            wrong[-1, -1] += 0.1 * value.abs().max()
+            wrong[(-1,) * value.dim()] += 0.1 * value.abs().max()
             nan = value.clone()
-            nan[-1, -1] = math.nan
+            nan[(-1,) * value.dim()] = math.nan
             for changed in (wrong, nan, torch.zeros_like(value)):
                 with pytest.raises(AssertionError, match=name):
                     compare(out | {name: changed}, made, keep, 0.3)
@@ -288,11 +306,11 @@ def test_no_modules_have_no_norms():
 def test_the_ops_run_on_these_kernels(monkeypatch):
     monkeypatch.setenv("ADAPTLORA_BACKEND", "triton")
     made = inputs((33, 63, 65, 13), torch.float32, torch.float32, ("contiguous",) * 5)
-    leaves = {name: made[name].requires_grad_() for name in ("x", "A", "B", "e")}
+    leaves = {name: made[name].requires_grad_() for name in ("x", "A", "B", "E")}
 
     def gradients(layer, norms_penalty, dtype):
-        x, weight, bias, A, B, e, dy = (made[name].to(dtype) for name in ("x", "weight", "bias", "A", "B", "e", "dy"))
-        y = layer(x, weight, bias, A, B, scaling=2.0, rank_scale=e, dropout_p=0.3, seed=SEED)
+        x, weight, bias, A, B, E, dy = (made[name].to(dtype) for name in ("x", "weight", "bias", "A", "B", "E", "dy"))
+        y = layer(x, weight, bias, A, B, scaling=2.0, rank_scale=E, dropout_p=0.3, seed=SEED)
         loss = (y * dy).sum() + norms_penalty([A], [B])
         return {"y": y, **dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))}
 

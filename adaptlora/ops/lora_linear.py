@@ -32,14 +32,20 @@ def _forward_ref(x, weight, bias, lora_A, lora_B, rank_factor, dropout_p, seed):
     return y + ((s * rank_factor) @ lora_B.to(acc).t()).to(y.dtype), s
 
 
-def _backward_ref(dy, x, weight, s, lora_A, lora_B, rank_factor, dropout_p, seed, need_dx, need_dA, need_G):
-    """(dx, dA, G) with G = dyᵀ S (N, R), each None where not needed."""
+def _backward_ref(dy, x, weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p, seed, need):
+    """(dx, dA, dB, dE), each None where not needed; G = dyᵀ S (N, R)."""
+    need_dx, need_dA, need_dB, need_dE = need
     acc = accumulation_dtype(x.dtype)
+    factor = _rank_factor(lora_A, rank_scale, scaling)
     dy_acc = dy.to(acc)
-    ds = (dy_acc @ lora_B.to(acc)) * rank_factor if need_dx or need_dA else None
-    dx = dy @ weight + _drop(ds @ lora_A.to(acc), seed, dropout_p).to(dy.dtype) if need_dx else None
-    dA = ds.t() @ _drop(x.to(acc), seed, dropout_p) if need_dA else None
-    return dx, dA, (s.t() @ dy_acc).t() if need_G else None
+    ds = (dy_acc @ lora_B.to(acc)) * factor if need_dx or need_dA else None
+    G = (s.t() @ dy_acc).t() if need_dB or need_dE else None
+    return (
+        dy @ weight + _drop(ds @ lora_A.to(acc), seed, dropout_p).to(dy.dtype) if need_dx else None,
+        (ds.t() @ _drop(x.to(acc), seed, dropout_p)).to(lora_A.dtype) if need_dA else None,
+        (G * factor).to(lora_B.dtype) if need_dB else None,
+        ((G * lora_B).sum(0) * scaling).to(rank_scale.dtype) if need_dE else None,
+    )
 
 
 def _rank_factor(lora_A, rank_scale, scaling: float) -> torch.Tensor:
@@ -70,14 +76,14 @@ def _kernels(x, weight, lora_A):
 )
 def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
     with no_autocast(x):
-        factor = _rank_factor(lora_A, rank_scale, scaling)
         x_2d = _as_2d(x)
         kernels = _kernels(x, weight, lora_A)
         if kernels is None:
+            factor = _rank_factor(lora_A, rank_scale, scaling)
             y, s = _forward_ref(x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, seed)
         else:
             y, s = kernels.lora_linear(
-                x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, threshold(dropout_p), seed
+                x_2d, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, threshold(dropout_p), seed
             )
         return y.view(*x.shape[:-1], weight.shape[0]), s
 
@@ -87,27 +93,16 @@ def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dro
     "Tensor? seed, float scaling, float dropout_p, bool[4] need) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _lora_linear_backward(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
-    need_dx, need_dA, need_dB, need_dE = need
     with no_autocast(x):
-        factor = _rank_factor(lora_A, rank_scale, scaling)
-        dy_2d, x_2d = _as_2d(dy), _as_2d(x)
+        operands = (_as_2d(dy), _as_2d(x), weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p)
         kernels = _kernels(x, weight, lora_A)
         if kernels is None:
-            dx, dA, G = _backward_ref(
-                dy_2d, x_2d, weight, s, lora_A, lora_B, factor, dropout_p, seed, need_dx, need_dA, need_dB or need_dE
-            )
+            dx, *grads = _backward_ref(*operands, seed, need)
         else:
-            dx, dA, G = kernels.lora_linear_backward(
-                dy_2d, x_2d, weight, s, lora_A, lora_B, factor, dropout_p, threshold(dropout_p), seed,
-                need_dx, need_dA, need_dB, need_dE,
-            )  # fmt: skip
+            dx, *grads = kernels.lora_linear_backward(*operands, threshold(dropout_p), seed, *need)
         # An empty tensor of its own for each gradient that is not needed: outputs of an op must not alias.
-        return (
-            dx.view(x.shape) if need_dx else x.new_empty(0),
-            dA.to(lora_A.dtype) if need_dA else x.new_empty(0),
-            (G * factor).to(lora_B.dtype) if need_dB else x.new_empty(0),
-            ((G * lora_B).sum(0) * scaling).to(rank_scale.dtype) if need_dE else x.new_empty(0),
-        )
+        grads = [None if dx is None else dx.view(x.shape), *grads]
+        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @torch.library.register_fake("adaptlora::lora_linear", lib=library)

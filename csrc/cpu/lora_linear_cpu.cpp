@@ -44,7 +44,7 @@ struct Workspace {
 };
 
 void check_factors(const char* op, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A,
-                   const at::Tensor& B, const at::Tensor& e) {
+                   const at::Tensor& B, const std::optional<at::Tensor>& rank_scale) {
   TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(1) >= 1, op, ": x must have shape (M, K), M, K >= 1, got ",
               x.sizes());
   const int64_t K = x.size(1);
@@ -55,14 +55,23 @@ void check_factors(const char* op, const at::Tensor& x, const at::Tensor& weight
   const int64_t R = A.size(0), N = weight.size(0);
   TORCH_CHECK(B.dim() == 2 && B.size(0) == N && B.size(1) == R, op, ": B must have shape (N, R) = (", N, ", ", R,
               "), got ", B.sizes());
-  TORCH_CHECK(e.device().is_cpu() && e.scalar_type() == at::kFloat && e.dim() == 1 && e.size(0) == R, op,
-              ": e must be float32 of shape (R,) = (", R, ",) on the CPU, got ", e.scalar_type(), " ", e.sizes());
+  if (rank_scale.has_value()) {
+    TORCH_CHECK(is_supported(*rank_scale) && rank_scale->dim() == 1 && rank_scale->size(0) == R, op,
+                ": rank_scale must be float32, bfloat16 or float16 of shape (R,) = (", R, ",) on the CPU, got ",
+                rank_scale->scalar_type(), " ", rank_scale->sizes());
+  }
   for (const auto& [name, t] : {std::pair("x", x), {"weight", weight}, {"A", A}, {"B", B}}) {
     TORCH_CHECK(is_supported(t), op, ": ", name, " must be a dense float32, bfloat16 or float16 CPU tensor, got ",
                 t.scalar_type(), " on ", t.device());
   }
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), op, ": weight must have the dtype of x, ", x.scalar_type(),
               ", got ", weight.scalar_type());
+}
+
+// scaling · E, one factor for each rank.
+at::Tensor rank_factors(const std::optional<at::Tensor>& rank_scale, double scaling, int64_t R) {
+  return rank_scale.has_value() ? rank_scale->to(at::kFloat).mul(scaling).contiguous()
+                                : at::full({R}, scaling, at::kFloat);
 }
 
 // Parallel work below this many multiply-adds per thread costs more to start than it saves.
@@ -89,10 +98,11 @@ at::Tensor add_chunks(const at::Tensor& parts, int64_t n_chunks, int64_t R, int6
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                                                    const std::optional<at::Tensor>& bias, const at::Tensor& A,
-                                                   const at::Tensor& B, const at::Tensor& e, double dropout_p,
-                                                   int64_t threshold, const std::optional<at::Tensor>& seed) {
+                                                   const at::Tensor& B, const std::optional<at::Tensor>& rank_scale,
+                                                   double scaling, double dropout_p, int64_t threshold,
+                                                   const std::optional<at::Tensor>& seed) {
   const PlainDispatch plain;
-  check_factors("lora_linear", x, weight, A, B, e);
+  check_factors("lora_linear", x, weight, A, B, rank_scale);
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), R = A.size(0);
   if (bias.has_value()) {
     TORCH_CHECK(is_supported(*bias) && bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == N,
@@ -106,8 +116,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
   const Packed packed_A = pack(A), packed_B = pack(B.t());
   const Packed packed_bias = bias.has_value() ? pack(bias->unsqueeze(0)) : Packed{};
   const float* bias_data = bias.has_value() ? packed_bias.data() : nullptr;
-  const at::Tensor scales = e.contiguous();
-  const float* e_data = scales.const_data_ptr<float>();
+  const at::Tensor e = rank_factors(rank_scale, scaling, R);
+  const float* e_data = e.const_data_ptr<float>();
 
   at::Tensor y = at::empty({M, N}, x.options());
   at::Tensor S = at::empty({M, R}, at::kFloat);
@@ -146,13 +156,14 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
   return {y, S};
 }
 
-std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> lora_linear_backward_cpu(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& S, const at::Tensor& A,
-    const at::Tensor& B, const at::Tensor& e, double dropout_p, int64_t threshold,
-    const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA, bool need_dB, bool need_G) {
+Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                   const at::Tensor& S, const at::Tensor& A, const at::Tensor& B,
+                                   const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
+                                   int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
+                                   bool need_dB, bool need_dE) {
   const PlainDispatch plain;
   const char* op = "lora_linear_backward";
-  check_factors(op, x, weight, A, B, e);
+  check_factors(op, x, weight, A, B, rank_scale);
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), R = A.size(0);
   TORCH_CHECK(is_supported(dy) && dy.scalar_type() == x.scalar_type() && dy.dim() == 2 && dy.size(0) == M &&
                   dy.size(1) == N,
@@ -163,14 +174,15 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
               S.sizes());
   const auto dropout = dropout_of(op, dropout_p, threshold, seed);
   const auto kept_scale = static_cast<float>(1 / (1 - dropout_p));
-  const bool make_G = need_dB || need_G, make_dS = need_dx || need_dA;
+  TORCH_CHECK(!need_dE || rank_scale.has_value(), op, ": rank_scale must be given when need_dE, got None");
+  const bool make_G = need_dB || need_dE, make_dS = need_dx || need_dA;
   if (!make_G && !make_dS) return {};
 
   const Packed packed_A = need_dx ? pack(A) : Packed{};
   const Packed packed_B = make_dS ? pack(B.t()) : Packed{};
-  const at::Tensor S_rows = S.contiguous(), scales = e.contiguous();
+  const at::Tensor S_rows = S.contiguous(), e = rank_factors(rank_scale, scaling, R);
   const float* S_data = S_rows.const_data_ptr<float>();
-  const float* e_data = scales.const_data_ptr<float>();
+  const float* e_data = e.const_data_ptr<float>();
   at::Tensor dx = need_dx ? at::empty({M, K}, x.options()) : at::Tensor();
   auto* dx_data = need_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
   const int64_t dx_row_bytes = K * x.element_size();
@@ -232,10 +244,15 @@ std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<a
     }
   });
 
-  std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> out;
-  if (need_dx) std::get<0>(out) = dx.addmm_(dy, weight);
-  if (need_dA) std::get<1>(out) = add_chunks(parts_dA, n_chunks, R, K);
-  if (make_G) std::get<2>(out) = add_chunks(parts_G, n_chunks, R, N).t();
+  Gradients out;
+  auto& [out_dx, out_dA, out_dB, out_dE] = out;
+  if (need_dx) out_dx = dx.addmm_(dy, weight);
+  if (need_dA) out_dA = add_chunks(parts_dA, n_chunks, R, K).to(A.scalar_type());
+  if (make_G) {
+    const at::Tensor G = add_chunks(parts_G, n_chunks, R, N);
+    if (need_dE) out_dE = G.mul(B.t()).sum(1).mul_(scaling).to(rank_scale->scalar_type());
+    if (need_dB) out_dB = G.mul_(e.unsqueeze(1)).to(B.scalar_type()).t();
+  }
   return out;
 }
 

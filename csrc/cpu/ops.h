@@ -9,20 +9,26 @@
 
 namespace adaptlora {
 
-// x (M, K), weight (N, K), bias (N) in one dtype (fp32, bf16, fp16); A (R, K) and B (N, R) fp32, bf16 or fp16; e (R)
-// fp32, the scaling times the rank scale. Any strides. M, K, N >= 1, 1 <= R <= kMaxRank.
+// x (M, K), weight (N, K), bias (N) in one dtype (fp32, bf16, fp16); A (R, K), B (N, R) and the rank scale E (R) fp32,
+// bf16 or fp16. Any strides. M, K, N >= 1, 1 <= R <= kMaxRank. e = scaling · E, E = 1 where there is none.
 // y (M, N) = x Wᵀ + bias + (S ∘ e) Bᵀ, dtype of x;  S (M, R) = drop(x) Aᵀ, fp32.
 std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                                                    const std::optional<at::Tensor>& bias, const at::Tensor& A,
-                                                   const at::Tensor& B, const at::Tensor& e, double dropout_p,
-                                                   int64_t threshold, const std::optional<at::Tensor>& seed);
+                                                   const at::Tensor& B, const std::optional<at::Tensor>& rank_scale,
+                                                   double scaling, double dropout_p, int64_t threshold,
+                                                   const std::optional<at::Tensor>& seed);
 
-// dx (M, K) = dy W + mask ∘ (dS A) / (1 - p), dtype of dy;  dA (R, K) = dSᵀ drop(x), fp32;  G = dyᵀ S, fp32, (N, R)
-// with strides (1, N);  dS = (dy B) ∘ e.  Each is None unless asked for; G if need_dB or need_G.
-std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>> lora_linear_backward_cpu(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& S, const at::Tensor& A,
-    const at::Tensor& B, const at::Tensor& e, double dropout_p, int64_t threshold,
-    const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA, bool need_dB, bool need_G);
+// (dx, dA, dB, dE), each None unless asked for.
+using Gradients = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
+                             std::optional<at::Tensor>>;
+
+// dx (M, K) = dy W + mask ∘ (dS A) / (1 - p), dtype of dy;  dA (R, K) = dSᵀ drop(x), dtype of A;  dB = G ∘ e, dtype of B,
+// (N, R) with strides (1, N);  dE (R) = scaling · Σ_n G B, dtype of E;  dS = (dy B) ∘ e,  G (N, R) = dyᵀ S.
+Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                   const at::Tensor& S, const at::Tensor& A, const at::Tensor& B,
+                                   const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
+                                   int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
+                                   bool need_dB, bool need_dE);
 
 // keep (M, K) bool: which elements the dropout of this seed keeps.
 at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold);
