@@ -1,4 +1,4 @@
-"""What every launcher asks: which device to launch on, how many programs fill it, how wide a rank block is."""
+"""What every launcher asks: which device to launch on, what the matrix units take, how far to split a reduction."""
 
 import contextlib
 
@@ -10,9 +10,11 @@ if triton.knobs.runtime.interpret:
 
     repair_bf16()
 
-# Enough programs that the interpreter's small tests also split the long dimension.
-_PROGRAMS_WITHOUT_GPU = 8
-_PROGRAMS_PER_SM = 2
+# Without a GPU (in the interpreter, or compiling for one that is not there) kernels are launched as on an A100.
+_SMS_WITHOUT_GPU = 108
+_CAPABILITY_WITHOUT_GPU = 80
+# A split reduction writes and reads fp32 partial results: at most this share of the bytes of the operand it streams.
+PARTIALS_SHARE = 1 / 16
 
 
 def launch_on(tensor: torch.Tensor):
@@ -20,11 +22,30 @@ def launch_on(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def programs_wanted(tensor: torch.Tensor) -> int:
-    """How many programs a kernel that may split its work needs to fill the tensor's device."""
-    if not tensor.is_cuda:
-        return _PROGRAMS_WITHOUT_GPU
-    return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(tensor.device).multi_processor_count
+def capability(device: torch.device) -> int:
+    """Compute capability as 10 · major + minor: 80 for an A100, 90 for an H100."""
+    if device.type != "cuda":
+        return _CAPABILITY_WITHOUT_GPU
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time if each fills a multiprocessor."""
+    if device.type != "cuda":
+        return _SMS_WITHOUT_GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(streamed: torch.Tensor, blocks: int, steps: int, partial: int, per_multiprocessor: float = 2) -> int:
+    """
+    In how many parts to split a reduction of `steps` steps so that `blocks` programs become enough to fill the device.
+
+    Args: streamed: the large operand, read once whatever the answer.   partial: fp32 numbers in the result of one part.
+    """
+    wanted = -(-int(per_multiprocessor * multiprocessors(streamed.device)) // blocks)
+    affordable = PARTIALS_SHARE * streamed.numel() * streamed.element_size() / (8 * partial)
+    return max(1, min(steps, wanted, int(affordable)))
 
 
 def uses_tensor_cores(dtype: torch.dtype) -> bool:
@@ -38,11 +59,11 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32" if uses_tensor_cores(dtype) else "ieee"
 
 
-def block_r(R: int, limit: int = 128) -> int:
-    """Ranks that a program holds at once, R padded to 16, 32, 64 or 128; larger ranks take several blocks."""
-    return min(limit, max(16, triton.next_power_of_2(R)))
-
-
-def warps(BLOCK_R: int) -> int:
-    """Warps of a program that holds BLOCK_R ranks: the tiles of wide blocks do not fit in the registers of four."""
-    return 8 if BLOCK_R >= 64 else 4
+def is_aligned(matrix: torch.Tensor) -> bool:
+    """Whether rows lie and end on 16-byte boundaries, as triton sees it: what asynchronous copies and wide loads need."""
+    return (
+        matrix.stride(1) == 1
+        and matrix.data_ptr() % 16 == 0
+        and matrix.stride(0) % 16 == 0
+        and matrix.shape[1] % 16 == 0
+    )

@@ -1,66 +1,77 @@
-"""out += drop(S F): a rank-R product added to what a base GEMM left, in place. It ends both the forward and the backward."""
+"""out += Σ_i drop_i(S_i F_i): rank-R products added to what a base GEMM left, in place. It ends the forward and the backward."""
 
-import torch
 import triton
 import triton.language as tl
 
+from . import tiles
 from .dropout import dropout_keep_tile
-from .launch import block_r, input_precision, launch_on, uses_tensor_cores
+from .launch import input_precision, launch_on
 
 
-@triton.jit(do_not_specialize=["M", "R", "threshold"])
+@triton.jit(do_not_specialize=["M", "ranks", "stride_sm", "threshold"])
 def _lora_expand_kernel(
-    out_ptr, s_ptr, e_ptr, f_ptr, seed_ptr, M, N, R,
-    stride_om, stride_on, stride_fr, stride_fn, threshold, inv_keep,
-    DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    out_ptr, s_ptr, e_ptr, f_ptrs, seed_ptrs, M, N, ranks,
+    stride_om, stride_on, stride_sm, strides_fr, strides_fn, threshold, scaling, inv_keep,
+    GROUP: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """
-    out[m, n] += inv_keep · keep[m, n] · Σ_r S[m, r] e[r] F[r, n]          (without DROPOUT: no mask; without SCALE: e = 1)
+    out[m, n] += inv_keep · Σ_i keep_i[m, n] · Σ_r scaling · S_i[m, r] e[r] F_i[r, n]     (without DROPOUT: no mask; without SCALE: e = 1)
 
-    One program owns a (BLOCK_M, BLOCK_N) tile of out; S (M, R) is fp32 and contiguous.
+    One program owns a (BLOCK_M, BLOCK_N) tile of out. The S of the GROUP modules lie side by side, as in `lora_shrink`.
     """
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_m, mask_n = offs_m < M, offs_n < N
-    dtype = out_ptr.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r_start in range(0, R, BLOCK_R):
-        offs_r = (r_start + tl.arange(0, BLOCK_R)).to(tl.int64)
-        mask_r = offs_r < R
-        s = tl.load(s_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        if SCALE:
-            s *= tl.load(e_ptr + offs_r, mask=mask_r, other=0.0)[None, :]
-        f_ptrs = f_ptr + offs_r[:, None] * stride_fr + offs_n[None, :] * stride_fn
-        f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(s.to(dtype), f.to(dtype), acc, input_precision=PRECISION)
-    if DROPOUT:
-        keep = dropout_keep_tile(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, threshold, BLOCK_N)
-        acc = tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
-    out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
     mask = mask_m[:, None] & mask_n[None, :]
-    acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptrs, acc.to(dtype), mask=mask)
+    out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
+    dtype = out_ptr.dtype.element_ty
+    total = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    s_rows = s_ptr + offs_m[:, None] * stride_sm
+    for i in tl.static_range(GROUP):
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for r_start in range(0, ranks[i], BLOCK_R):
+            offs_r = (r_start + tl.arange(0, BLOCK_R)).to(tl.int64)
+            mask_r = offs_r < ranks[i]
+            s = tl.load(s_rows + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
+            s *= tl.cast(scaling, tl.float32)
+            if SCALE:
+                s *= tl.load(e_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+            f_ptrs_i = f_ptrs[i] + offs_r[:, None] * strides_fr[i] + offs_n[None, :] * strides_fn[i]
+            f = tl.load(f_ptrs_i, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+            acc = tl.dot(s.to(dtype), f.to(dtype), acc, input_precision=PRECISION)
+        if DROPOUT:
+            keep = dropout_keep_tile(tl.load(seed_ptrs[i]), offs_m, pid_n * BLOCK_N, threshold, BLOCK_N)
+            acc = tl.where(keep, acc * tl.cast(inv_keep, tl.float32), 0.0)
+        total += acc
+        s_rows += ranks[i]
+    tl.store(out_ptrs, total.to(dtype), mask=mask)
 
 
-def lora_expand_(
-    out: torch.Tensor, s: torch.Tensor, e, factor: torch.Tensor, dropout_p=0.0, threshold=0, seed=None
-) -> None:
+def lora_expand_(out, s, factors, dropout_p=0.0, threshold=0, seeds=None, *, scaling=1.0, rank_scale=None) -> None:
     """
-    out += drop((S ∘ e) F), in place
+    out += scaling · Σ_i drop_i((S_i ∘ E) F_i), in place
 
     Args:
-        out: (M, N), any strides without overlap.   s: (M, R) fp32 contiguous.   e: (R,) fp32 or None for ones.
-        factor: F (R, N), any strides: Bᵀ in the forward, A in the backward. S ∘ e and F are rounded to the dtype of out.
-        dropout_p, threshold, seed: the mask over (M, N), none where seed is None.
+        out: (M, N), any strides without overlap.   s: [S_0 | S_1 | …] (M, ΣR), unit column stride.
+        factors: list of F_i (R_i, N), R_i ≥ 1, any strides: Bᵀ in the forward, A in the backward. S ∘ E and F are rounded to out's dtype.
+        dropout_p, threshold, seeds: the masks over (M, N), one seed a module; none where seeds is None.
+        rank_scale: E (R,), contiguous, for a single module.
     """
-    (M, N), R = out.shape, s.shape[1]
-    matrix = uses_tensor_cores(out.dtype)
-    BLOCK_M, BLOCK_N, BLOCK_R = 64, 64, block_r(R, 64 if matrix else 32)
-    with launch_on(out):
-        _lora_expand_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N))](
-            out, s, e, factor, seed, M, N, R, *out.stride(), *factor.stride(), threshold, 1 / (1 - dropout_p),
-            DROPOUT=seed is not None, SCALE=e is not None, PRECISION=input_precision(out.dtype),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, num_warps=4, num_stages=2,
-        )  # fmt: skip
+    M, N = out.shape
+    tile = tiles.EXPAND[tiles.kind(out)]
+    first = 0
+    for start in range(0, len(factors), tiles.MAX_GROUP):
+        group = factors[start : start + tiles.MAX_GROUP]
+        group_seeds = (None,) * len(group) if seeds is None else tuple(seeds[start : start + tiles.MAX_GROUP])
+        ranks = tuple(factor.shape[0] for factor in group)
+        with launch_on(out):
+            _lora_expand_kernel[(triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns))](
+                out, s[:, first:], rank_scale, tuple(group), group_seeds, M, N, ranks, *out.stride(), s.stride(0),
+                tuple(f.stride(0) for f in group), tuple(f.stride(1) for f in group), threshold, scaling,
+                1 / (1 - dropout_p), GROUP=len(group), DROPOUT=seeds is not None, SCALE=rank_scale is not None,
+                PRECISION=input_precision(out.dtype), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+                BLOCK_R=tiles.rank_block(max(ranks), tiles.EXPAND_RANKS), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        first += sum(ranks)

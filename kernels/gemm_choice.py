@@ -1,0 +1,2 @@
+def choose(gemm, streamed, weights, dys=None):
+    return None
