@@ -2,15 +2,19 @@
 
 lora_A (R, K) and lora_B (N, R) have PEFT's shapes. In memory both are rows of ranks: A is a view of the first R rows of a
 (capacity, K) store, B the transpose of the first R rows of a (capacity, N) store. Rows R … capacity − 1 are *parked*: they keep
-their values and optimizer state and take no step. To narrow or to grow within the capacity re-narrows views and copies nothing.
+their values and optimizer state and take no step. To narrow or to grow within the capacity re-narrows views and copies nothing
+(but gradients, which have no parked rows). What must move, in however many modules, moves by one `rank_gather` for each device.
 """
 
 import dataclasses
+import functools
 import math
 import weakref
 
 import torch
 from torch import nn
+
+from .ops.rank_gather import rank_gather
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -31,46 +35,74 @@ def _is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
     )
 
 
-def uniform_rows(
-    count: int, K: int, generator: torch.Generator | None, like: torch.Tensor | None = None
-) -> torch.Tensor:
+def uniform_rows(count: int, K: int, generator: torch.Generator | None) -> torch.Tensor:
     """`count` rows of PEFT's initial A: U(−1/√K, 1/√K), which is kaiming_uniform with a = √5; drawn on the CPU in float32."""
     bound = 1 / math.sqrt(K) if K else 0.0
-    rows = torch.empty(count, K).uniform_(-bound, bound, generator=generator)
-    return rows if like is None else rows.to(like)
+    return torch.empty(count, K).uniform_(-bound, bound, generator=generator)
 
 
 @dataclasses.dataclass
 class _Slot:
-    """One tensor that has rank rows: a factor, or one optimizer state tensor of it."""
+    """One tensor that has rank rows: a factor, its gradient, or one optimizer state tensor of it."""
 
     factor: str
-    rows: torch.Tensor  # active, (R, ·)
     store: torch.Tensor  # active and parked, (capacity, ·)
     optimizer: torch.optim.Optimizer | None = None
     key: str | None = None
+    rows: list[int] | None = None  # of `store`, that the new store is made of (−1: zeros); None: `store` itself will do
+    drawn: torch.Tensor | None = None  # values of the new store's last rows
+
+    def choose(self, rows: list[int], compact: bool = False) -> None:
+        """Plan the new store: a view of the old one if `rows` are its first and `compact` would free nothing more."""
+        kept = self.store[: len(rows)]
+        if rows != list(range(len(rows))) or (compact and kept.untyped_storage().nbytes() > kept.nbytes):
+            self.rows = rows
+        else:
+            self.store = kept
 
 
 @dataclasses.dataclass
 class RankPlan:
-    """A rank change with everything allocated and checked: `commit` only assigns."""
+    """A checked rank change. `commit` first moves what must move, which may run out of memory and then has changed nothing."""
 
     pair: "RankedPair"
     rank: int
     slots: list[_Slot]
-    grads: dict[str, torch.Tensor | None]
+    grads: dict[str, _Slot]
 
     def commit(self) -> None:
+        _commit([self])
+
+    def assign(self) -> None:
+        """The pair takes its new stores, which must be there: this allocates nothing that could fail."""
         pair = self.pair
         for slot in self.slots:
             active = _rows(slot.factor, slot.store[: self.rank])
             parameter = getattr(pair, slot.factor)
             if slot.optimizer is None:
                 pair._stores[slot.factor] = slot.store
-                _assign(parameter, active, self.grads[slot.factor])
+                grad = self.grads.get(slot.factor)
+                _assign(parameter, active, None if grad is None else _rows(slot.factor, grad.store))
             else:
                 pair._tracked[slot.optimizer][slot.factor, slot.key] = slot.store
                 slot.optimizer.state[parameter][slot.key] = active
+
+
+def _commit(plans: list[RankPlan]) -> None:
+    """All or none: every row lies in its new memory before the first pair takes it."""
+    moving = {}
+    for plan in plans:
+        for slot in (*plan.slots, *plan.grads.values()):
+            if slot.rows is not None:
+                moving.setdefault(slot.store.device, []).append(slot)
+    for slots in moving.values():
+        stores = rank_gather([slot.store for slot in slots], [slot.rows for slot in slots])
+        for slot, store in zip(slots, stores, strict=True):
+            if slot.drawn is not None:
+                store[-len(slot.drawn) :].copy_(slot.drawn)
+            slot.store, slot.rows = store, None
+    for plan in plans:
+        plan.assign()
 
 
 def _assign(parameter: nn.Parameter, data: torch.Tensor, grad: torch.Tensor | None) -> None:
@@ -136,7 +168,7 @@ class RankedPair(nn.Module):
         rows, store = _rows(name, getattr(self, name).data), self._stores[name]
         if not _is_prefix(rows, store):
             store = _rejoin(rows, store)
-        return _Slot(name, rows, store)
+        return _Slot(name, store)
 
     def _state_slots(self, name: str):
         parameter = getattr(self, name)
@@ -151,7 +183,7 @@ class RankedPair(nn.Module):
                     )
                 rows = _rows(name, value)
                 store = stores.get((name, key), rows)
-                yield _Slot(name, rows, store if _is_prefix(rows, store) else _rejoin(rows, store), optimizer, key)
+                yield _Slot(name, store if _is_prefix(rows, store) else _rejoin(rows, store), optimizer, key)
 
     def check_states(self) -> None:
         """Raises: TypeError if a tracked optimizer keeps state that could not follow a rank change."""
@@ -161,7 +193,7 @@ class RankedPair(nn.Module):
 
     def plan(self, rank: int, *, order=None, compact: bool = False, generator=None) -> RankPlan:
         """
-        Prepare a change to `rank` active vectors; nothing changes before `RankPlan.commit`, which cannot fail.
+        Check a change to `rank` active vectors and list what must move; nothing changes before `RankPlan.commit`.
 
         Args:
             rank: new R ≥ 0. Up to the capacity, parked vectors come back as they left; beyond it new rows of A are drawn
@@ -174,40 +206,27 @@ class RankedPair(nn.Module):
             raise ValueError(f"rank change: rank must be an integer ≥ 0, got {rank!r}")
         if order is not None and sorted(order) != list(range(self.rank)):
             raise ValueError(f"rank change: order must be a permutation of range({self.rank}), got {list(order)}")
+        order = list(range(self.rank)) if order is None else list(order)
+
+        @functools.cache
+        def rows_of(held: int) -> list[int]:
+            rows = [*order, *range(len(order), held), *[-1] * (rank - held)]
+            return rows[:rank] if compact else rows
+
         slots, grads = [], {}
         for name in FACTORS:
             for slot in (self._data_slot(name), *self._state_slots(name)):
-                slot.store = self._new_store(slot, rank, order, compact, generator)
+                held, width = slot.store.shape
+                slot.choose(rows_of(held), compact)
+                if rank > held and name == "lora_A" and slot.optimizer is None:
+                    slot.drawn = uniform_rows(rank - held, width, generator)
                 slots.append(slot)
-            grads[name] = self._new_grad(name, rank, order)
+            grad = getattr(self, name).grad
+            if grad is not None:
+                grads[name] = _Slot(name, _rows(name, grad.detach()))
+                # A gradient has no parked rows to keep, and what a narrower one leaves behind is freed at once.
+                grads[name].choose(rows_of(len(order))[:rank], compact=True)
         return RankPlan(self, rank, slots, grads)
-
-    def _new_store(self, slot: _Slot, rank: int, order, compact: bool, generator) -> torch.Tensor:
-        store = slot.store
-        if order is not None:
-            index = torch.tensor([*order, *range(len(order), store.shape[0])], device=store.device, dtype=torch.long)
-            store = store.index_select(0, index)
-        if rank > store.shape[0]:
-            added = store.new_zeros(rank - store.shape[0], store.shape[1])
-            if slot.optimizer is None and slot.factor == "lora_A":
-                added = uniform_rows(*added.shape, generator, like=added)
-            store = torch.cat([store, added])
-        if compact:
-            store = store[:rank]
-            if store.untyped_storage().nbytes() > store.nbytes:
-                store = store.clone(memory_format=torch.contiguous_format)
-        return store
-
-    def _new_grad(self, name: str, rank: int, order) -> torch.Tensor | None:
-        grad = getattr(self, name).grad
-        if grad is None:
-            return None
-        rows = _rows(name, grad)
-        if order is not None:
-            rows = rows[list(order)]
-        if rank > rows.shape[0]:
-            rows = torch.cat([rows, rows.new_zeros(rank - rows.shape[0], rows.shape[1])])
-        return _rows(name, rows[:rank].clone(memory_format=torch.contiguous_format))
 
     def narrow(self, rank: int) -> None:
         """Keep the first `rank` vectors active and park the others: views only, no copy.  Raises: ValueError (rank > R)."""
@@ -278,7 +297,7 @@ def _rejoin(rows: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
 
 
 def commit_ranks(pairs: dict[str, RankedPair], ranks: dict[str, int], *, compact: bool = False, generator=None) -> None:
-    """Change the rank of many pairs, all or none: every plan is made before the first is committed.
+    """Change the rank of many pairs, all or none: plans are made and rows moved before the first pair changes.
 
     Raises: ValueError, TypeError (naming the module); then ranks, weights and optimizer state are as they were.
     """
@@ -288,5 +307,4 @@ def commit_ranks(pairs: dict[str, RankedPair], ranks: dict[str, int], *, compact
             plans.append(pairs[name].plan(rank, compact=compact, generator=generator))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    for plan in plans:
-        plan.commit()
+    _commit(plans)

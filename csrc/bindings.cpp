@@ -24,6 +24,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("dropout_keep", &adaptlora::dropout_keep_cpu, py::arg("seed"), py::arg("M"), py::arg("K"),
         py::arg("threshold"), no_gil());
 
+  m.def("rank_gather", &adaptlora::rank_gather_cpu, py::arg("sources"), py::arg("rows"), py::arg("counts"), no_gil());
   m.def("rank_norms", &adaptlora::rank_norms_cpu, py::arg("As"), py::arg("Bs"), no_gil());
   m.def("rank_scale", &adaptlora::rank_scale_cpu, py::arg("As"), py::arg("Bs"), py::arg("fA"), py::arg("fB"), no_gil());
   m.def("rank_scale_", &adaptlora::rank_scale_inplace_cpu, py::arg("As"), py::arg("Bs"), py::arg("fA"), py::arg("fB"),

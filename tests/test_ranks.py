@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pruning import clipped
+from test_rank_gather import bits
 
-from adaptlora import RankedPair
+from adaptlora import RankedPair, ranks
 from adaptlora.ranks import FACTORS, commit_ranks
 
 K, N = 7, 5
@@ -284,6 +286,117 @@ def test_running_out_of_memory_while_planning_changes_nothing(monkeypatch):
         commit_ranks(pairs, {"first": 2, "second": 2}, compact=True)
     for name, pair in pairs.items():
         assert_rows_equal(snapshot(pair), before[name], slice(None))
+
+
+@pytest.fixture
+def gathers(monkeypatch):
+    """How many tensors each call of rank_gather moved; `fail_on` a device makes its call run out of memory."""
+
+    class Calls(list):
+        fail_on = None
+
+    calls, rank_gather = Calls(), ranks.rank_gather
+
+    def counted(sources, rows):
+        calls.append(len(sources))
+        if sources[0].device.type == calls.fail_on:
+            raise RuntimeError("out of memory")
+        return rank_gather(sources, rows)
+
+    monkeypatch.setattr(ranks, "rank_gather", counted)
+    return calls
+
+
+def make_model(dtypes=(torch.float64, torch.float32, torch.bfloat16)):
+    """Pairs of several dtypes, each with gradients and an optimizer of its own."""
+    pairs, optimizers = {}, {}
+    for name, dtype in zip(("adamw", "adam-amsgrad", "sgd-momentum"), dtypes, strict=True):
+        pairs[name] = make_pair(dtype=dtype)
+        optimizers[name] = OPTIMIZERS[name](list(pairs[name].parameters()))
+        pairs[name].track(optimizers[name])
+        train_step(pairs[name], optimizers[name])
+        (pairs[name].lora_B @ pairs[name].lora_A).square().sum().backward()
+    return pairs, optimizers
+
+
+def assert_bits_equal(found, expected, index):
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert torch.equal(bits(value), bits(expected[key][index])), key
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_all_modules_and_states_move_by_one_gather(gathers, compact):
+    pairs, optimizers = make_model()
+    before = {name: snapshot(pair, optimizers[name]) for name, pair in pairs.items()}
+    wanted = dict(zip(pairs, (2, 0, 5), strict=True))
+    commit_ranks(pairs, wanted, compact=compact)
+    # Two factors and two gradients each; of AdamW two states, of AMSGrad three, of momentum one for each factor.
+    assert gathers == [12 + 2 * 6 if compact else 6]
+    for name, pair in pairs.items():
+        assert pair.rank == wanted[name] and pair.capacity == (wanted[name] if compact else 6)
+        assert_bits_equal(snapshot(pair, optimizers[name]), before[name], slice(wanted[name]))
+        train_step(pair, optimizers[name])
+
+
+def test_growth_beyond_the_capacity_moves_by_one_gather(gathers):
+    pairs, optimizers = make_model()
+    before = {name: snapshot(pair, optimizers[name]) for name, pair in pairs.items()}
+    commit_ranks(pairs, dict.fromkeys(pairs, 9), generator=torch.Generator().manual_seed(1))
+    assert len(gathers) == 1
+    generator = torch.Generator().manual_seed(1)
+    for name, pair in pairs.items():
+        after = snapshot(pair, optimizers[name])
+        assert_bits_equal({key: value[:6] for key, value in after.items()}, before[name], slice(None))
+        drawn = torch.empty(3, K).uniform_(-(K**-0.5), K**-0.5, generator=generator)
+        assert torch.equal(after.pop(("lora_A", "data"))[6:], drawn.to(pair.lora_A.dtype))
+        assert not any(value[6:].any() for value in after.values())
+
+
+def test_permuting_moves_every_store_by_one_gather(gathers):
+    pair, optimizer = make_trained()
+    pair.narrow(4)
+    before = snapshot(pair, optimizer)
+    assert gathers == []
+    pair.permute([2, 3, 1, 0])
+    assert gathers == [6]
+    assert_bits_equal(snapshot(pair, optimizer), before, [2, 3, 1, 0])
+    pair.permute(range(4))
+    pair.grow(6)
+    pair.narrow(6)
+    assert gathers == [6]
+
+
+def test_a_clip_of_a_whole_model_is_one_gather(gathers):
+    _, adapter, optimizer = clipped(target_r=3)
+    # Two modules: two factors, their gradients, and two states of AdamW for each factor.
+    assert gathers == [2 * 2 * (2 + 2)]
+    assert sum(adapter.ranks().values()) == 6
+    optimizer.step()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_running_out_of_memory_while_moving_changes_nothing(gathers, device):
+    pairs, optimizers = make_model()
+    meta = RankedPair(K, N, 6, device="meta")
+    before = {name: snapshot(pair, optimizers[name]) for name, pair in pairs.items()}
+    addresses = [p.data_ptr() for pair in pairs.values() for p in pair.parameters()]
+    gathers.fail_on = device
+    plans = [pair.plan(2, compact=True) for pair in (*pairs.values(), meta)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        commit_ranks({**pairs, "meta": meta}, dict.fromkeys((*pairs, "meta"), 2), compact=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        (plans[-1] if device == "meta" else plans[0]).commit()
+    assert [pair.rank for pair in (*pairs.values(), meta)] == [6] * 4
+    assert [p.data_ptr() for pair in pairs.values() for p in pair.parameters()] == addresses
+    for name, pair in pairs.items():
+        assert_bits_equal(snapshot(pair, optimizers[name]), before[name], slice(None))
+    gathers.fail_on = None
+    for plan in plans:
+        plan.commit()
+    assert [pair.rank for pair in (*pairs.values(), meta)] == [2] * 4
+    for name, pair in pairs.items():
+        assert_bits_equal(snapshot(pair, optimizers[name]), before[name], slice(2))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

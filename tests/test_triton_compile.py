@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from triton_targets import SHARED_LIMIT, compile_launch, recorded_launches
 
 import adaptlora.kernels
-from adaptlora.kernels import dropout, launch, lora_linear, rank_norms, rank_scale
+from adaptlora.kernels import dropout, launch, lora_linear, rank_gather, rank_norms, rank_scale
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -64,6 +64,8 @@ def other_launches():
         for pair in ((As, Bs), (odd_As, odd_Bs)):
             rank_norms.rank_norms(*pair)
             rank_scale.rank_scale(*pair, factors, factors)
+            rank_scale.rank_scale_(*pair, factors, factors)
+        rank_gather.rank_gather(As, torch.tensor([3, 1]), [2])
     return launches
 
 
@@ -92,7 +94,7 @@ def test_lora_linear_kernels(case, capability):
 def test_other_kernels(capability):
     for launched in other_launches():
         compiled = assert_sound(launched, capability, matrix=False)
-        if launched.args.get("VECTOR") or launched.args.get("IN_VECTOR"):
+        if launched.args.get("VECTOR") or launched.args.get("IN_VECTOR") or launched.name == "_rank_gather_kernel":
             assert re.search(r"\bLDG\.E\.128", compiled.sass), f"{launched.name}: no 16-byte reads"
 
 

@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from numerics import assert_accurate, assert_all_accurate, laid_out
+from test_rank_gather import assert_gathered, sample
 
 from adaptlora import ops
-from adaptlora.kernels import dropout, lora_expand, lora_linear, lora_shrink, rank_norms, rank_scale
+from adaptlora.kernels import dropout, lora_expand, lora_linear, lora_shrink, rank_gather, rank_norms, rank_scale, rank_table
 from adaptlora.ops import _backend
 from adaptlora.ops._dropout import threshold
 from adaptlora.ops.lora_linear import lora_linear_ref
@@ -285,6 +286,29 @@ def test_rank_scale(layout, in_place):
         assert all(A.is_contiguous() for A in out_As) and all(B.t().is_contiguous() for B in out_Bs)
     for out, expected in zip([*out_As, *out_Bs], [*expected_As, *expected_Bs], strict=True):
         assert out.dtype == expected.dtype and torch.equal(out, expected)
+
+
+def test_rank_scale_keeps_its_table_wherever_its_results_lie():
+    As, Bs = rank_pairs("contiguous")
+    factors = [torch.randn(sum(A.shape[0] for A in As), device=DEVICE) for _ in range(2)]
+    first = rank_scale.rank_scale(As, Bs, *factors)
+    built = rank_table._table.cache_info().misses
+    second = rank_scale.rank_scale(As, Bs, *factors)
+    assert rank_table._table.cache_info().misses == built
+    for old, new in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(old, new)
+        assert old.data_ptr() != new.data_ptr() or not old.numel()
+
+
+def test_rank_gather():
+    sources, rows = sample(DEVICE)
+    flat, counts = torch.tensor([index for chosen in rows for index in chosen]), [len(chosen) for chosen in rows]
+    outs = rank_gather.rank_gather(sources, flat, counts)
+    assert_gathered(outs, sources, rows)
+    assert all(out.untyped_storage().nbytes() == out.nbytes for out in outs)
+    # So few rows that several programs share each.
+    assert_gathered(rank_gather.rank_gather(sources[-2:-1], torch.tensor([1]), [1]), sources[-2:-1], [[1]])
+    assert rank_gather.rank_gather(sources[:1], torch.empty(0, dtype=torch.int64), [0])[0].shape == (0, 33)
 
 
 def test_the_table_follows_a_factor_to_new_memory():

@@ -1,6 +1,7 @@
 """Fused ops for libraries: public functions here, and `torch.ops.adaptlora.*`."""
 
 from .lora_linear import lora_linear, lora_linear_ref
+from .rank_gather import rank_gather, rank_gather_ref
 from .rank_norms import rank_norms, rank_norms_ref
 from .rank_penalty import rank_penalty, rank_penalty_ref
 from .rank_shrink import rank_shrink_, rank_shrink_ref
@@ -8,6 +9,8 @@ from .rank_shrink import rank_shrink_, rank_shrink_ref
 __all__ = [
     "lora_linear",
     "lora_linear_ref",
+    "rank_gather",
+    "rank_gather_ref",
     "rank_norms",
     "rank_norms_ref",
     "rank_penalty",

@@ -33,6 +33,11 @@ Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, co
 // keep (M, K) bool: which elements the dropout of this seed keeps.
 at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold);
 
+// sources: (R_i, L_i), any real dtypes and strides. rows: int64, counts[i] row indices for each source in turn, -1
+// for a row of zeros. New contiguous tensors (counts[i], L_i), bit for bit.
+std::vector<at::Tensor> rank_gather_cpu(const std::vector<at::Tensor>& sources, const at::Tensor& rows,
+                                        const std::vector<int64_t>& counts);
+
 // As: (R_i, K_i), Bs: (N_i, R_i). The norms of all rows of A and all columns of B, module after module, fp32 (sum R_i).
 std::tuple<at::Tensor, at::Tensor> rank_norms_cpu(const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs);
 
