@@ -311,6 +311,18 @@ def test_rank_gather():
     assert rank_gather.rank_gather(sources[:1], torch.empty(0, dtype=torch.int64), [0])[0].shape == (0, 33)
 
 
+def test_rank_gather_moves_the_widest_words_that_addresses_steps_and_lengths_permit():
+    wide = torch.zeros(4, 48, device=DEVICE)
+    # Code 4 is 16 bytes, and so on down to one.
+    assert rank_gather._words(wide) == (1, 12, 4)
+    assert [rank_gather._words(wide[:, start : start + 16])[2] for start in (4, 2, 1)] == [4, 3, 2]
+    assert [rank_gather._words(wide[:, :length])[2] for length in (20, 10, 9)] == [4, 3, 2]
+    assert [rank_gather._words(torch.zeros(4, step, device=DEVICE)[:, :16])[2] for step in (20, 18, 17)] == [4, 3, 2]
+    assert rank_gather._words(wide.bfloat16()[:, 1:17]) == (1, 16, 1)
+    assert rank_gather._words(wide.to(torch.int8)[:, 1:17]) == (1, 16, 0)
+    assert rank_gather._words(wide.double()[:, ::3]) == (3, 16, 3)
+
+
 def test_the_table_follows_a_factor_to_new_memory():
     A, B = torch.randn(3, 17, device=DEVICE), torch.randn(9, 3, device=DEVICE)
     rank_norms.rank_norms([A], [B])
