@@ -15,6 +15,8 @@ _SMS_WITHOUT_GPU = 108
 _CAPABILITY_WITHOUT_GPU = 80
 # A split reduction writes and reads fp32 partial results: at most this share of the bytes of the operand it streams.
 PARTIALS_SHARE = 1 / 16
+# Modules that one launch takes when they share x; more take several launches.
+MAX_GROUP = 3
 
 
 def launch_on(tensor: torch.Tensor):
@@ -46,6 +48,11 @@ def splits(streamed: torch.Tensor, blocks: int, steps: int, partial: int, per_mu
     wanted = -(-int(per_multiprocessor * multiprocessors(streamed.device)) // blocks)
     affordable = PARTIALS_SHARE * streamed.numel() * streamed.element_size() / (8 * partial)
     return max(1, min(steps, wanted, int(affordable)))
+
+
+def padded(numbers) -> list[int]:
+    """`numbers`, at most MAX_GROUP of them, filled up with zeros: triton specialises what is in a tuple whatever it is told."""
+    return [*numbers, *(0,) * (MAX_GROUP - len(numbers))]
 
 
 def uses_tensor_cores(dtype: torch.dtype) -> bool:

@@ -6,14 +6,14 @@ import triton.language as tl
 
 from . import tiles
 from .dropout import dropout_keep_tile
-from .launch import input_precision, launch_on, splits
+from .launch import MAX_GROUP, input_precision, launch_on, padded, splits
 from .partials import sum_partials
 
 
-@triton.jit(do_not_specialize=["M", "ranks", "stride_dm", "threshold"])
+@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_dm", "threshold"])
 def _lora_da_kernel(
-    x_ptr, ds_ptr, e_ptr, seed_ptrs, da_ptrs, M, K, ranks,
-    stride_xm, stride_xk, stride_dm, strides_ap, rows, threshold, factor,
+    x_ptr, ds_ptr, e_ptr, seed_ptrs, da_ptrs, M, K, rank_0, rank_1, rank_2,
+    stride_xm, stride_xk, stride_dm, rows, threshold, factor,
     GROUP: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +28,7 @@ def _lora_da_kernel(
     offs_r = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     mask_k = offs_k < K
     x_columns = x_ptr + offs_k[None, :] * stride_xk
+    ranks = (rank_0, rank_1, rank_2)
     seeds, accs = (), ()
     for i in tl.static_range(GROUP):
         if DROPOUT:
@@ -55,7 +56,7 @@ def _lora_da_kernel(
         acc = accs[i] * tl.cast(factor, tl.float32)
         if SCALE:
             acc *= tl.load(e_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[:, None]
-        da_ptr = da_ptrs[i] + pid_m.to(tl.int64) * strides_ap[i]
+        da_ptr = da_ptrs[i] + pid_m.to(tl.int64) * ranks[i] * K
         tl.store(da_ptr + offs_rk, acc.to(da_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_k[None, :])
 
 
@@ -69,9 +70,9 @@ def lora_da(x, ds, outs, dropout_p=0.0, threshold=0, seeds=None, *, scaling=1.0,
         dropout_p, threshold, seeds, rank_scale: as in `lora_shrink`.
     """
     first = 0
-    for start in range(0, len(outs), tiles.MAX_GROUP):
-        group = outs[start : start + tiles.MAX_GROUP]
-        group_seeds = None if seeds is None else seeds[start : start + tiles.MAX_GROUP]
+    for start in range(0, len(outs), MAX_GROUP):
+        group = outs[start : start + MAX_GROUP]
+        group_seeds = None if seeds is None else seeds[start : start + MAX_GROUP]
         width = sum(out.shape[0] for out in group)
         _da_group(x, ds[:, first : first + width], group, dropout_p, threshold, group_seeds, scaling, rank_scale)
         first += width
@@ -92,8 +93,8 @@ def _da_group(x, ds, outs, dropout_p, threshold, seeds, scaling, rank_scale) -> 
     ]
     with launch_on(x):
         _lora_da_kernel[(blocks, parts, rank_blocks)](
-            x, ds, rank_scale, (None,) * len(outs) if seeds is None else tuple(seeds), tuple(dAs), M, K, tuple(ranks),
-            *x.stride(), ds.stride(0), tuple(dA.stride(0) for dA in dAs), rows, threshold,
+            x, ds, rank_scale, (None,) * len(outs) if seeds is None else tuple(seeds), tuple(dAs), M, K, *padded(ranks),
+            *x.stride(), ds.stride(0), rows, threshold,
             scaling / (1 - dropout_p if seeds is not None else 1),
             GROUP=len(outs), DROPOUT=seeds is not None, SCALE=rank_scale is not None, PRECISION=input_precision(x.dtype),
             BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=BLOCK_R, num_warps=tile.warps, num_stages=tile.stages,

@@ -11,7 +11,7 @@ from .lora_shrink import lora_shrink
 from .partials import sum_partials
 
 
-@triton.jit(do_not_specialize=["M", "R", "stride_sm", "stride_dm"])
+@triton.jit(do_not_specialize=["M", "R", "stride_sm", "stride_dp", "stride_dm"])
 def _lora_ds_db_kernel(
     dy_ptr, b_ptr, s_ptr, e_ptr, ds_ptr, g_ptr, M, N, R,
     stride_ym, stride_yn, stride_bn, stride_br, stride_sm, stride_dp, stride_dm, columns, scaling, scaling_g,

@@ -5,12 +5,12 @@ import triton.language as tl
 
 from . import tiles
 from .dropout import dropout_keep_tile
-from .launch import input_precision, launch_on
+from .launch import MAX_GROUP, input_precision, launch_on, padded
 
 
-@triton.jit(do_not_specialize=["M", "ranks", "stride_sm", "threshold"])
+@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_sm", "threshold"])
 def _lora_expand_kernel(
-    out_ptr, s_ptr, e_ptr, f_ptrs, seed_ptrs, M, N, ranks,
+    out_ptr, s_ptr, e_ptr, f_ptrs, seed_ptrs, M, N, rank_0, rank_1, rank_2,
     stride_om, stride_on, stride_sm, strides_fr, strides_fn, threshold, scaling, inv_keep,
     GROUP: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -28,6 +28,7 @@ def _lora_expand_kernel(
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on
     dtype = out_ptr.dtype.element_ty
     total = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    ranks = (rank_0, rank_1, rank_2)
     s_rows = s_ptr + offs_m[:, None] * stride_sm
     for i in tl.static_range(GROUP):
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -62,13 +63,13 @@ def lora_expand_(out, s, factors, dropout_p=0.0, threshold=0, seeds=None, *, sca
     M, N = out.shape
     tile = tiles.EXPAND[tiles.kind(out)]
     first = 0
-    for start in range(0, len(factors), tiles.MAX_GROUP):
-        group = factors[start : start + tiles.MAX_GROUP]
-        group_seeds = (None,) * len(group) if seeds is None else tuple(seeds[start : start + tiles.MAX_GROUP])
+    for start in range(0, len(factors), MAX_GROUP):
+        group = factors[start : start + MAX_GROUP]
+        group_seeds = (None,) * len(group) if seeds is None else tuple(seeds[start : start + MAX_GROUP])
         ranks = tuple(factor.shape[0] for factor in group)
         with launch_on(out):
             _lora_expand_kernel[(triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns))](
-                out, s[:, first:], rank_scale, tuple(group), group_seeds, M, N, ranks, *out.stride(), s.stride(0),
+                out, s[:, first:], rank_scale, tuple(group), group_seeds, M, N, *padded(ranks), *out.stride(), s.stride(0),
                 tuple(f.stride(0) for f in group), tuple(f.stride(1) for f in group), threshold, scaling,
                 1 / (1 - dropout_p), GROUP=len(group), DROPOUT=seeds is not None, SCALE=rank_scale is not None,
                 PRECISION=input_precision(out.dtype), BLOCK_M=tile.rows, BLOCK_N=tile.columns,

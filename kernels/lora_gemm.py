@@ -6,7 +6,7 @@ import triton.language as tl
 
 from . import tiles
 from .dropout import dropout_keep_tile
-from .launch import input_precision, launch_on
+from .launch import input_precision, launch_on, padded
 
 # Programs that run together share these many rows of tiles, so that they find each other's operands in the cache.
 _TILE_ROWS = 8
@@ -62,9 +62,9 @@ def _lora_gemm_expand_kernel(
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "ranks", "stride_dm", "threshold"])
+@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_dm", "threshold"])
 def _lora_gemm_dx_kernel(
-    dx_ptr, dy_ptrs, w_ptrs, ds_ptr, a_ptrs, seed_ptrs, M, K, widths, ranks,
+    dx_ptr, dy_ptrs, w_ptrs, ds_ptr, a_ptrs, seed_ptrs, M, K, widths, rank_0, rank_1, rank_2,
     strides_ym, strides_wn, strides_wk, stride_dm, strides_ar, strides_ak, threshold, inv_keep,
     GROUP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TILE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -81,6 +81,7 @@ def _lora_gemm_dx_kernel(
     mask_m, mask_k = offs_m < M, offs_k < K
     dtype = dx_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    ranks = (rank_0, rank_1, rank_2)
     ds_rows = ds_ptr + offs_m[:, None] * stride_dm
     for i in tl.static_range(GROUP):
         update = acc
@@ -145,12 +146,12 @@ def lora_gemm_dx(dys, weights, ds, As, tile, dropout_p=0.0, threshold=0, seeds=N
     Returns: dx (M, K), dtype of dy.
     """
     M, K = dys[0].shape[0], weights[0].shape[1]
-    ranks = tuple(A.shape[0] for A in As)
+    ranks = [A.shape[0] for A in As]
     dx = torch.empty((M, K), dtype=dys[0].dtype, device=ds.device)
     with launch_on(dx):
         _lora_gemm_dx_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
             dx, tuple(dys), tuple(weights), ds, tuple(As), (None,) * len(As) if seeds is None else tuple(seeds), M, K,
-            tuple(w.shape[0] for w in weights), ranks, tuple(dy.stride(0) for dy in dys),
+            tuple(w.shape[0] for w in weights), *padded(ranks), tuple(dy.stride(0) for dy in dys),
             tuple(w.stride(0) for w in weights), tuple(w.stride(1) for w in weights), ds.stride(0),
             tuple(A.stride(0) for A in As), tuple(A.stride(1) for A in As), threshold, 1 / (1 - dropout_p),
             GROUP=len(As), DROPOUT=seeds is not None, PRECISION=input_precision(dx.dtype), TILE_ROWS=_TILE_ROWS,

@@ -6,13 +6,13 @@ import triton.language as tl
 
 from . import tiles
 from .dropout import dropout_keep_tile
-from .launch import input_precision, launch_on, splits
+from .launch import MAX_GROUP, input_precision, launch_on, padded, splits
 from .partials import sum_partials
 
 
-@triton.jit(do_not_specialize=["M", "ranks", "total", "threshold"])
+@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_sp", "stride_sm", "threshold"])
 def _lora_shrink_kernel(
-    x_ptr, a_ptrs, e_ptr, seed_ptrs, s_ptr, M, K, ranks, total,
+    x_ptr, a_ptrs, e_ptr, seed_ptrs, s_ptr, M, K, rank_0, rank_1, rank_2,
     stride_xm, stride_xk, strides_ar, strides_ak, stride_sp, stride_sm, columns, threshold, factor,
     GROUP: tl.constexpr, DROPOUT: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -28,6 +28,7 @@ def _lora_shrink_kernel(
     offs_r = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     mask_m = offs_m < M
     x_rows = x_ptr + offs_m[:, None] * stride_xm
+    ranks = (rank_0, rank_1, rank_2)
     seeds, accs = (), ()
     for i in tl.static_range(GROUP):
         if DROPOUT:
@@ -76,8 +77,8 @@ def lora_shrink(
     if out is None:
         out = torch.empty((M, total), dtype=torch.float32, device=x.device)
     first = 0
-    for start in range(0, len(As), tiles.MAX_GROUP):
-        group = slice(start, start + tiles.MAX_GROUP)
+    for start in range(0, len(As), MAX_GROUP):
+        group = slice(start, start + MAX_GROUP)
         width = sum(ranks[group])
         group_seeds = None if seeds is None else seeds[group]
         s = out[:, first : first + width]
@@ -98,7 +99,7 @@ def _shrink_group(x, As, ranks, dropout_p, threshold, seeds, scaling, rank_scale
     s = out[None] if parts == 1 else torch.empty((parts, M, total), dtype=torch.float32, device=x.device)
     with launch_on(x):
         _lora_shrink_kernel[(blocks, parts, rank_blocks)](
-            x, tuple(As), rank_scale, (None,) * len(As) if seeds is None else tuple(seeds), s, M, K, tuple(ranks), total,
+            x, tuple(As), rank_scale, (None,) * len(As) if seeds is None else tuple(seeds), s, M, K, *padded(ranks),
             *x.stride(), tuple(A.stride(0) for A in As), tuple(A.stride(1) for A in As), s.stride(0), s.stride(1),
             columns, threshold, scaling / (1 - dropout_p if seeds is not None else 1),
             GROUP=len(As), DROPOUT=seeds is not None, SCALE=rank_scale is not None, PRECISION=input_precision(x.dtype),

@@ -41,9 +41,6 @@ def rank_block(R: int, limit: int) -> int:
     return next((block for block in (16, 32, 64) if R <= block <= limit), limit)
 
 
-# Modules that one launch takes when they share x; more take several launches.
-MAX_GROUP = 3
-
 # Most ranks at once, by kind and number of modules.
 SHRINK_RANKS = {"half": (128, 64, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
 DA_RANKS = {"half": (128, 64, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}

@@ -304,13 +304,13 @@ def test_lora_shrink_reads_x_once():
     """Several row tiles and a masked K: x once, A once a row tile, and the same bits as uncounted."""
     M, K, R = 130, 70, 13
     x, A = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(R, K)
-    plain = lora_shrink.lora_shrink(x, A)
+    plain = lora_shrink.lora_shrink(x, [A])
     with counted() as counts:
-        s = lora_shrink.lora_shrink(x, A)
+        s = lora_shrink.lora_shrink(x, [A])
     assert torch.equal(s, plain)
-    assert torch.equal(lora_shrink.lora_shrink(x, A), plain)
+    assert torch.equal(lora_shrink.lora_shrink(x, [A]), plain)
     shrink = counts["_lora_shrink_kernel"]
-    assert shrink.loaded == {"x_ptr": 2 * M * K, "a_ptr": shrink.programs * 4 * R * K}
-    assert shrink.distinct_loaded == {"x_ptr": 2 * M * K, "a_ptr": 4 * R * K}
+    assert shrink.loaded == {"x_ptr": 2 * M * K, "a_ptrs[0]": shrink.programs * 4 * R * K}
+    assert shrink.distinct_loaded == {"x_ptr": 2 * M * K, "a_ptrs[0]": 4 * R * K}
     assert shrink.stored == shrink.distinct_stored == {"s_ptr": 4 * M * R}
     assert shrink.flops >= 2 * M * K * R

@@ -12,7 +12,16 @@ from numerics import assert_accurate, assert_all_accurate, laid_out
 from test_rank_gather import assert_gathered, sample
 
 from adaptlora import ops
-from adaptlora.kernels import dropout, lora_expand, lora_linear, lora_shrink, rank_gather, rank_norms, rank_scale, rank_table
+from adaptlora.kernels import (
+    dropout,
+    lora_expand,
+    lora_linear,
+    lora_shrink,
+    rank_gather,
+    rank_norms,
+    rank_scale,
+    rank_table,
+)
 from adaptlora.ops import _backend
 from adaptlora.ops._dropout import threshold
 from adaptlora.ops.lora_linear import lora_linear_ref
@@ -211,7 +220,7 @@ def test_expand_writes_its_elements_and_no_others():
     between[:, 1:131:2] = False
     s, factor = torch.randn(33, 13, device=DEVICE), torch.randn(13, 65, device=DEVICE)
     exact, eager = out.double() + s.double() @ factor.double(), out + s @ factor
-    lora_expand.lora_expand_(out, s, None, factor)
+    lora_expand.lora_expand_(out, s, [factor])
     assert_accurate("out", out, exact, eager)
     assert storage[between].isnan().all()
 
@@ -240,8 +249,8 @@ def test_a_shifted_mask_is_noticed():
 
 def test_shrink_scales_ranks():
     x, A, e = (torch.randn(shape, device=DEVICE) for shape in ((33, 63), (13, 63), (13,)))
-    s = lora_shrink.lora_shrink(x, A, e)
-    assert_accurate("S", s, (x.double() @ A.double().t()) * e.double(), (x @ A.t()) * e)
+    s = lora_shrink.lora_shrink(x, [A], scaling=2.0, rank_scale=e)
+    assert_accurate("S", s, 2 * (x.double() @ A.double().t()) * e.double(), 2 * (x @ A.t()) * e)
 
 
 def rank_pairs(layout) -> tuple[list, list]:
