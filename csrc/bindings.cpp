@@ -21,6 +21,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("S"), py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"),
         py::arg("threshold"), py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
         py::arg("need_dE"), no_gil());
+  m.def("lora_delta_", &adaptlora::lora_delta_cpu, py::arg("y"), py::arg("x"), py::arg("A"), py::arg("B"),
+        py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"), py::arg("threshold"), py::arg("seed"),
+        no_gil());
+  m.def("lora_delta_backward", &adaptlora::lora_delta_backward_cpu, py::arg("dy"), py::arg("x"), py::arg("S"),
+        py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"),
+        py::arg("threshold"), py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
+        py::arg("need_dE"), no_gil());
   m.def("dropout_keep", &adaptlora::dropout_keep_cpu, py::arg("seed"), py::arg("M"), py::arg("K"),
         py::arg("threshold"), no_gil());
 

@@ -1,5 +1,6 @@
 """Fused ops for libraries: public functions here, and `torch.ops.adaptlora.*`."""
 
+from .lora_delta import lora_delta_, lora_delta_ref
 from .lora_linear import lora_linear, lora_linear_ref
 from .rank_gather import rank_gather, rank_gather_ref
 from .rank_norms import rank_norms, rank_norms_ref
@@ -7,6 +8,8 @@ from .rank_penalty import rank_penalty, rank_penalty_ref
 from .rank_shrink import rank_shrink_, rank_shrink_ref
 
 __all__ = [
+    "lora_delta_",
+    "lora_delta_ref",
     "lora_linear",
     "lora_linear_ref",
     "rank_gather",

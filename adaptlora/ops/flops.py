@@ -8,18 +8,32 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import lora_linear  # noqa: F401  (defines the ops)
+from . import lora_delta, lora_linear  # noqa: F401  (defines the ops)
+
+
+@register_flop_formula([torch.ops.adaptlora.lora_delta_, torch.ops.adaptlora.lora_delta])
+def _lora_delta(y, x, lora_A, *rest, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(lora_A[:1] + x[:-1]) * (x[-1] + y[-1])
+
+
+@register_flop_formula(torch.ops.adaptlora.lora_delta_backward)
+def _lora_delta_backward(
+    dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs
+) -> int:
+    N, K = dy[-1], x[-1]
+    dx, dA, dB, dE = need
+    return 2 * math.prod(lora_A[:1] + x[:-1]) * ((dx or dA) * N + dx * K + dA * K + (dB or dE) * N)
 
 
 @register_flop_formula(torch.ops.adaptlora.lora_linear)
-def _(x, weight, bias, lora_A, lora_B, *rest, out_shape=None, **kwargs) -> int:
-    M, (N, K), R = math.prod(x[:-1]), weight, lora_A[0]
-    return 2 * M * (N * K + R * (K + N))
+def _lora_linear(x, weight, bias, lora_A, lora_B, *rest, out_shape=None, **kwargs) -> int:
+    M, (N, K) = math.prod(x[:-1]), weight
+    return 2 * M * N * K + _lora_delta(weight[:1], x, lora_A)
 
 
 @register_flop_formula(torch.ops.adaptlora.lora_linear_backward)
-def _(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs) -> int:
-    M, (N, K), R = math.prod(dy[:-1]), weight, lora_A[0]
-    dx, dA, dB, dE = need
-    products = (dx * N * K, (dx or dA) * R * N, dx * R * K, dA * R * K, (dB or dE) * R * N)
-    return 2 * M * sum(products)
+def _lora_linear_backward(
+    dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs
+) -> int:
+    low_rank = _lora_delta_backward(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need)
+    return need[0] * 2 * math.prod((*dy, x[-1])) + low_rank

@@ -3,71 +3,31 @@
 import torch
 import torch.nn.functional as F
 
-from . import _backend
-from ._checks import FLOATS, check_dropout, check_factors, check_finite_number, check_tensor
-from ._dropout import as_seed, dropout_keep_ref, threshold
+from ._checks import check_adapter, check_device_and_dtype, check_tensor, check_tokens
+from ._dropout import as_seed, threshold
 from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
+from .lora_delta import as_2d, autocast_to, autocasts, delta_backward_ref, delta_ref, find_kernels, not_aliased
 
 OP = "lora_linear"
-_MAX_RANK = 256  # of the kernels; beyond it the reference runs
 
 
-def _as_2d(t: torch.Tensor) -> torch.Tensor:
-    """(M, ·) of (..., ·); unlike reshape(-1, ·) also where a size is 0."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
-
-
-def _drop(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    """drop(x) of a 2-d x: kept elements divided by 1 − p."""
-    if p == 0:
-        return x
-    return torch.where(dropout_keep_ref(seed, *x.shape, p), x / (1 - p), 0)
-
-
-def _forward_ref(x, weight, bias, lora_A, lora_B, rank_factor, dropout_p, seed):
+def _forward_ref(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed):
     """(y (M, N), S (M, R)) of a 2-d x in plain torch operations; differentiable."""
-    acc = accumulation_dtype(x.dtype)
-    s = _drop(x.to(acc), seed, dropout_p) @ lora_A.to(acc).t()
+    delta, s = delta_ref(x, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)
     y = F.linear(x, weight, bias)
-    return y + ((s * rank_factor) @ lora_B.to(acc).t()).to(y.dtype), s
+    return y + delta.to(y.dtype), s
 
 
-def _backward_ref(dy, x, weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p, seed, need):
-    """(dx, dA, dB, dE), each None where not needed; G = dyᵀ S (N, R)."""
-    need_dx, need_dA, need_dB, need_dE = need
-    acc = accumulation_dtype(x.dtype)
-    factor = _rank_factor(lora_A, rank_scale, scaling)
-    dy_acc = dy.to(acc)
-    ds = (dy_acc @ lora_B.to(acc)) * factor if need_dx or need_dA else None
-    G = (s.t() @ dy_acc).t() if need_dB or need_dE else None
-    return (
-        dy @ weight + _drop(ds @ lora_A.to(acc), seed, dropout_p).to(dy.dtype) if need_dx else None,
-        (ds.t() @ _drop(x.to(acc), seed, dropout_p)).to(lora_A.dtype) if need_dA else None,
-        (G * factor).to(lora_B.dtype) if need_dB else None,
-        ((G * lora_B).sum(0) * scaling).to(rank_scale.dtype) if need_dE else None,
-    )
-
-
-def _rank_factor(lora_A, rank_scale, scaling: float) -> torch.Tensor:
-    """scaling · E as an (R,) vector of the accumulation dtype."""
-    acc = accumulation_dtype(lora_A.dtype)
-    if rank_scale is None:
-        return torch.full((lora_A.shape[0],), scaling, dtype=acc, device=lora_A.device)
-    return rank_scale.to(acc) * scaling
+def _backward_ref(dy, x, weight, *adapter, need):
+    dx, *grads = delta_backward_ref(dy, x, *adapter, need=need)
+    return (None if dx is None else dy @ weight + dx, *grads)
 
 
 def lora_linear_ref(x, weight, bias, lora_A, lora_B, *, scaling=1.0, rank_scale=None, dropout_p=0.0, seed=None):
     """`lora_linear` in plain differentiable torch operations, float64 included: the definition that every kernel is tested against."""
     seed = as_seed(OP, seed, x.device) if dropout_p > 0 else None
-    factor = _rank_factor(lora_A, rank_scale, scaling)
-    y, _ = _forward_ref(_as_2d(x), weight, bias, lora_A, lora_B, factor, dropout_p, seed)
+    y, _ = _forward_ref(as_2d(x), weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _kernels(x, weight, lora_A):
-    # Empty operands have nothing to launch; the reference returns the right empty or zero results for them.
-    launches = x.numel() and weight.shape[0] and 0 < lora_A.shape[0] <= _MAX_RANK
-    return _backend.kernels(x, OP) if launches else None
 
 
 @register(
@@ -76,15 +36,12 @@ def _kernels(x, weight, lora_A):
 )
 def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
     with no_autocast(x):
-        x_2d = _as_2d(x)
-        kernels = _kernels(x, weight, lora_A)
+        operands = (as_2d(x), weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p)
+        kernels = find_kernels(OP, x, weight.shape[0], lora_A)
         if kernels is None:
-            factor = _rank_factor(lora_A, rank_scale, scaling)
-            y, s = _forward_ref(x_2d, weight, bias, lora_A, lora_B, factor, dropout_p, seed)
+            y, s = _forward_ref(*operands, seed)
         else:
-            y, s = kernels.lora_linear(
-                x_2d, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, threshold(dropout_p), seed
-            )
+            y, s = kernels.lora_linear(*operands, threshold(dropout_p), seed)
         return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
@@ -94,15 +51,13 @@ def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dro
 )
 def _lora_linear_backward(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
     with no_autocast(x):
-        operands = (_as_2d(dy), _as_2d(x), weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p)
-        kernels = _kernels(x, weight, lora_A)
+        operands = (as_2d(dy), as_2d(x), weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p)
+        kernels = find_kernels(OP, x, weight.shape[0], lora_A)
         if kernels is None:
-            dx, *grads = _backward_ref(*operands, seed, need)
+            grads = _backward_ref(*operands, seed, need=need)
         else:
-            dx, *grads = kernels.lora_linear_backward(*operands, threshold(dropout_p), seed, *need)
-        # An empty tensor of its own for each gradient that is not needed: outputs of an op must not alias.
-        grads = [None if dx is None else dx.view(x.shape), *grads]
-        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+            grads = kernels.lora_linear_backward(*operands, threshold(dropout_p), seed, *need)
+        return not_aliased(x, grads)
 
 
 @torch.library.register_fake("adaptlora::lora_linear", lib=library)
@@ -113,15 +68,7 @@ def _(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
 
 @torch.library.register_fake("adaptlora::lora_linear_backward", lib=library)
 def _(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
-    none = x.new_empty(0)
-    dB = lora_B.new_empty(lora_B.shape[::-1]).t()
-    likes = (
-        x.new_empty(x.shape),
-        lora_A.new_empty(lora_A.shape),
-        dB,
-        rank_scale.new_empty(rank_scale.shape) if need[3] else none,
-    )
-    return tuple(like if needed else x.new_empty(0) for like, needed in zip(likes, need, strict=True))
+    return torch.ops.adaptlora.lora_delta_backward(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need)
 
 
 def _setup_context(ctx, inputs, output):
@@ -149,46 +96,31 @@ torch.library.register_autograd("adaptlora::lora_linear", _backward, setup_conte
 no_second_derivative("lora_linear_backward")
 
 
-def _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p) -> None:
-    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
-        raise TypeError(f"{OP}: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() == 0:
-        raise ValueError(f"{OP}: x must have shape (..., K), got a 0-dim tensor")
-    check_tensor(OP, "weight", weight, 2)
+def check_linear(op: str, x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p) -> None:
+    check_tokens(op, "x", x)
+    check_tensor(op, "weight", weight, 2)
     K, N = x.shape[-1], weight.shape[0]
     if weight.shape[1] != K:
-        raise ValueError(f"{OP}: weight must have shape (N, K) with K={K} (x.shape[-1]), got {tuple(weight.shape)}")
-    check_factors(OP, lora_A, lora_B, K, N)
-    for name, vector in (("bias", bias), ("rank_scale", rank_scale)):
-        if vector is not None and not isinstance(vector, torch.Tensor):
-            raise TypeError(f"{OP}: {name} must be a tensor or None, got {type(vector).__name__}")
+        raise ValueError(f"{op}: weight must have shape (N, K) with K={K} (x.shape[-1]), got {tuple(weight.shape)}")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise TypeError(f"{op}: bias must be a tensor or None, got {type(bias).__name__}")
     if bias is not None and bias.shape != (N,):
-        raise ValueError(f"{OP}: bias must have shape (N,) with N={N} (weight.shape[0]), got {tuple(bias.shape)}")
-    if rank_scale is not None and rank_scale.shape != lora_A.shape[:1]:
-        raise ValueError(
-            f"{OP}: rank_scale must have shape (R,) with R={lora_A.shape[0]} (lora_A.shape[0]), got {tuple(rank_scale.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("rank_scale", rank_scale)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{OP}: {name} must be on the device of x, {x.device}, got {tensor.device}")
+        raise ValueError(f"{op}: bias must have shape (N,) with N={N} (weight.shape[0]), got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{OP}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        check_device_and_dtype(op, name, tensor, x)
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{OP}: {name} must be frozen (no gradient for it is computed), got requires_grad=True")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("rank_scale", rank_scale)):
-        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{OP}: {name} must have the dtype of x, {x.dtype}, or float32, got {tensor.dtype}")
-    check_finite_number(OP, "scaling", scaling)
-    check_dropout(OP, dropout_p)
+            raise ValueError(f"{op}: {name} must be frozen (no gradient for it is computed), got requires_grad=True")
+    check_adapter(op, x, lora_A, lora_B, rank_scale, scaling, dropout_p, N, "weight.shape[0]")
 
 
-def _autocast(t, dtype: torch.dtype):
-    """`t` as torch's autocast would cast it: floating-point tensors other than float64. The checks see what else there is."""
-    castable = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
-    return t.to(dtype) if castable else t
+def autocast(x, *others) -> tuple:
+    """(x, *others) as torch's linear would see them: cast to autocast's dtype where that is enabled for the device of x."""
+    if not autocasts(x):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(autocast_to(dtype, tensor) for tensor in (x, *others))
 
 
 def lora_linear(
@@ -211,14 +143,8 @@ def lora_linear(
     Raises: ValueError (shape, device, range, unfrozen base), TypeError (dtype).
     Saved for backward: x, S = drop(x) Aᵀ (M, R), A, B and the seed; no mask.   Deterministic: yes.
     """
-    if (
-        isinstance(x, torch.Tensor)
-        and torch.amp.is_autocast_available(x.device.type)
-        and torch.is_autocast_enabled(x.device.type)
-    ):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (_autocast(t, dtype) for t in (x, weight, bias))
-    _check(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p)
+    x, weight, bias = autocast(x, weight, bias)
+    check_linear(OP, x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p)
     seed = as_seed(OP, seed, x.device) if dropout_p > 0 else None
     return torch.ops.adaptlora.lora_linear(
         x, weight, bias, lora_A, lora_B, rank_scale, seed, float(scaling), float(dropout_p)

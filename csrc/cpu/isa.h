@@ -63,10 +63,10 @@ struct Kernels {
   void (*accumulate)(const float* S, const float* tile, int64_t rows, int64_t cols, int64_t R, float* out,
                      int64_t stride_out);
 
-  // y[m, c] = bias[c] + mask ∘ sum_r S[m, r] F[r, c];  bias and mask may be nullptr; F and bias have padded rows; y has
-  // unit column stride.
+  // y[m, c] = (add ? y[m, c] : 0) + bias[c] + mask ∘ sum_r S[m, r] F[r, c], rounded once;  bias and mask may be nullptr;
+  // F and bias have padded rows; y has unit column stride.
   void (*expand)(const float* S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,
-                 const float* bias, const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y);
+                 const float* bias, const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y, bool add);
 
   // out[i] = sum_j parts[j * stride + i]
   void (*add_parts)(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float* out);

@@ -164,6 +164,7 @@ struct ExpandInput {
   int64_t stride_f, R;
   const float* bias;
   const uint32_t* mask;
+  bool add;
 };
 
 // kRows x (kVectors * kLanes) elements of y at (m0, c); with kVectors = 1 only n of the columns exist if n < kLanes.
@@ -192,8 +193,10 @@ ADAPTLORA_INLINE void expand_block(const ExpandInput& in, int64_t m0, int64_t c,
       if (in.bias != nullptr) acc[m][v] += load(in.bias + cv);
       T* out = y + (m0 + m) * stride_y + cv;
       if (kVectors == 1 && n < kLanes) {
+        if (in.add) acc[m][v] += load_partial(out, n);
         store_partial(out, acc[m][v], n);
       } else {
+        if (in.add) acc[m][v] += load(out);
         store(out, acc[m][v]);
       }
     }
@@ -217,8 +220,8 @@ void expand_as(const ExpandInput& in, int64_t rows, int64_t cols, T* y, int64_t 
 }
 
 void expand(const float* S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const float* bias,
-            const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y) {
-  const ExpandInput in = {S, F, stride_f, R, bias, mask};
+            const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y, bool add) {
+  const ExpandInput in = {S, F, stride_f, R, bias, mask, add};
   switch (dtype) {
     case Dtype::f32: expand_as(in, rows, cols, static_cast<float*>(y), stride_y); break;
     case Dtype::bf16: expand_as(in, rows, cols, static_cast<bf16*>(y), stride_y); break;

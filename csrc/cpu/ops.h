@@ -30,6 +30,17 @@ Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, co
                                    int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
                                    bool need_dB, bool need_dE);
 
+// y (M, N) += (S ∘ e) Bᵀ in place, any strides without overlap, rounded once; returns S. Operands as in lora_linear.
+at::Tensor lora_delta_cpu(const at::Tensor& y, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B,
+                          const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
+                          int64_t threshold, const std::optional<at::Tensor>& seed);
+
+// As lora_linear_backward without dy W.
+Gradients lora_delta_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& S, const at::Tensor& A,
+                                  const at::Tensor& B, const std::optional<at::Tensor>& rank_scale, double scaling,
+                                  double dropout_p, int64_t threshold, const std::optional<at::Tensor>& seed,
+                                  bool need_dx, bool need_dA, bool need_dB, bool need_dE);
+
 // keep (M, K) bool: which elements the dropout of this seed keeps.
 at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold);
 
