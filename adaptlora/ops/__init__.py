@@ -1,6 +1,7 @@
 """Fused ops for libraries: public functions here, and `torch.ops.adaptlora.*`."""
 
 from .lora_delta import lora_delta_, lora_delta_ref
+from .lora_group import lora_group, lora_group_ref
 from .lora_linear import lora_linear, lora_linear_ref
 from .rank_gather import rank_gather, rank_gather_ref
 from .rank_norms import rank_norms, rank_norms_ref
@@ -10,6 +11,8 @@ from .rank_shrink import rank_shrink_, rank_shrink_ref
 __all__ = [
     "lora_delta_",
     "lora_delta_ref",
+    "lora_group",
+    "lora_group_ref",
     "lora_linear",
     "lora_linear_ref",
     "rank_gather",

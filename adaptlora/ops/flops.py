@@ -8,7 +8,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import lora_delta, lora_linear  # noqa: F401  (defines the ops)
+from . import lora_delta, lora_group, lora_linear  # noqa: F401  (defines the ops)
 
 
 @register_flop_formula([torch.ops.adaptlora.lora_delta_, torch.ops.adaptlora.lora_delta])
@@ -37,3 +37,21 @@ def _lora_linear_backward(
 ) -> int:
     low_rank = _lora_delta_backward(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need)
     return need[0] * 2 * math.prod((*dy, x[-1])) + low_rank
+
+
+@register_flop_formula(torch.ops.adaptlora.lora_group)
+def _(x, weights, biases, lora_As, *rest, out_shape=None, **kwargs) -> int:
+    return sum(_lora_linear(x, weight, None, A, None) for weight, A in zip(weights, lora_As, strict=True))
+
+
+@register_flop_formula(torch.ops.adaptlora.lora_group_backward)
+def _(
+    dys, x, weights, s, lora_As, lora_Bs, rank_scales, seeds, scalings, dropout_p, need_dx, need_dA, need_dB, need_dE,
+    out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    modules = zip(dys, weights, lora_As, need_dA, need_dB, need_dE, strict=True)
+    return sum(
+        _lora_linear_backward(dy, x, weight, s, A, None, None, None, None, None, (need_dx, *need))
+        for dy, weight, A, *need in modules
+        if dy is not None
+    )
