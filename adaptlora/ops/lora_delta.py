@@ -200,14 +200,14 @@ def _check_writable(y, *operands) -> None:
         raise ValueError(f"{OP}: y must not be an inference tensor outside of inference_mode, got one")
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (y, *operands)):
         return
+    if y._is_view() and (meta := torch._C._autograd._get_creation_meta(y)) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            f"{OP}: y must not be a view that autograd cannot follow (one of several, as of chunk; made without gradients; made by "
+            f"a custom Function, as of bitsandbytes for an x of three dimensions), got {meta.name}: give y.clone()"
+        )
     if y.requires_grad and (y._base if y._is_view() else y).is_leaf:
         raise ValueError(
             f"{OP}: y must not be a leaf that requires grad, or a view of one, got one while gradients are on"
-        )
-    if y._is_view() and (meta := torch._C._autograd._get_creation_meta(y)) != torch._C._autograd.CreationMeta.DEFAULT:
-        raise ValueError(
-            f"{OP}: y must not be a view that autograd cannot follow (of chunk, split or unbind; made without gradients), "
-            f"got {meta.name}"
         )
 
 
