@@ -88,7 +88,7 @@ def run(x, weight, bias, A, B, E, p, seed, dy, need=(True,) * 4):
     return {"y": y, "S": S} | {name: grad for name, grad in named if grad is not None}
 
 
-def check(args, thread_count=1):
+def check(args, thread_count=1, run=run):
     torch.set_num_threads(thread_count)
     out = run(*args)
     ref, in_float32 = reference(*args), reference(*args, dtype=torch.float32)
@@ -295,6 +295,68 @@ def test_lora_linear_backward_refuses_the_gradient_of_no_rank_scale():
     arguments = (dy, x, weight, torch.zeros(3, 4), A, B, None, 1.0, p, 0, None, False, False, False, True)
     with pytest.raises(RuntimeError, match="lora_linear_backward: rank_scale must be given when need_dE, got None"):
         _C.lora_linear_backward(*arguments)
+
+
+# ---- lora_delta_
+
+
+def run_delta(x, weight, y, A, B, E, p, seed, dy, need=(True,) * 4):
+    """As `run` for a base that left y: a y (M, N) in the place of the bias, and a weight of zeros."""
+    options = (E, SCALING, p, threshold_of(p), torch.tensor(seed) if p > 0 else None)
+    y = y.clone() if y.is_contiguous() else laid_out(y, "padded" if y.stride(1) == 1 else "strided")
+    S = _C.lora_delta_(y, x, A, B, *options)
+    grads = _C.lora_delta_backward(dy, x, S, A, B, *options, *need)
+    assert [grad is not None for grad in grads] == [bool(needed) for needed in need]
+    named = zip(("dx", "dA", "dB", "dE"), grads, strict=True)
+    return {"y": y, "S": S} | {name: grad for name, grad in named if grad is not None}
+
+
+def delta_inputs(M, K, N, R, dtype=torch.float32, factor_dtype=None, p=0.0, layout="contiguous"):
+    x, weight, _, *others = inputs(M, K, N, R, dtype, factor_dtype, p)
+    y = torch.randn(M, N, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return x, torch.zeros_like(weight), laid_out(y, layout), *others
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("R", [2, 13, 33, 256])
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 13, 7), (63, 385, 500), (98, 63, 130), (70, 1100, 1500)])
+def test_lora_delta_sizes(M, K, N, R, p):
+    check(delta_inputs(M, K, N, R, p=p), thread_count=1 + R % 2, run=run_delta)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "strided"])
+@pytest.mark.parametrize("factors", ["same", "float32"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_lora_delta_dtypes_and_strides_of_y(dtype, factors, layout):
+    factor_dtype = torch.float32 if factors == "float32" else dtype
+    check(delta_inputs(50, 63, 41, 13, dtype, factor_dtype, 0.3, layout), thread_count=2, run=run_delta)
+
+
+@pytest.mark.parametrize("needs", [(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in (0, 1) for d in (0, 1)])
+def test_lora_delta_backward_computes_what_is_asked(needs):
+    args = delta_inputs(63, 63, 41, 13, p=0.3)
+    full = run_delta(*args)
+    for name, value in run_delta(*args, need=needs).items():
+        assert torch.equal(value, full[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(3, 6, dtype=torch.bfloat16)}, r"y must be Float of shape \(M, N\).* got BFloat16 \[3, 6\]"),
+        ({"y": torch.zeros(4, 6)}, r"y must be .* with the M of x, \[3, 8\], .* got Float \[4, 6\]"),
+        ({"y": torch.zeros(3, 1).expand(3, 6)}, r"y must not have elements that share memory, got strides \[1, 0\]"),
+        ({"B": torch.zeros(5, 4)}, r"B must have shape \(N, R\) = \(6, 4\), got \[5, 4\]"),
+        ({"A": torch.zeros(4, 5)}, r"A must have shape \(R, K\).*K=8, got \[4, 5\]"),
+        ({"dropout_p": 0.5, "seed": None}, "seed must be given"),
+    ],
+)
+def test_lora_delta_refuses(change, message):
+    good = {"x": torch.zeros(3, 8), "A": torch.zeros(4, 8), "B": torch.zeros(6, 4), "rank_scale": None}
+    good |= {"y": torch.zeros(3, 6), "scaling": 1.0, "dropout_p": 0.0, "threshold": 0, "seed": None}
+    _C.lora_delta_(**good)
+    with pytest.raises(RuntimeError, match="lora_delta_: " + message):
+        _C.lora_delta_(**(good | change))
 
 
 # ---- rank_norms, rank_scale, rank_scale_

@@ -14,6 +14,7 @@ from test_rank_gather import assert_gathered, sample
 from adaptlora import ops
 from adaptlora.kernels import (
     dropout,
+    lora_delta,
     lora_expand,
     lora_linear,
     lora_shrink,
@@ -172,6 +173,49 @@ def test_lora_linear_without_rank_scale():
     assert out.pop("dE") is None
     ones = run(made | {"E": torch.ones(13, device=DEVICE)}, 0.3, seed)
     assert all(torch.equal(value, ones[name]) for name, value in out.items())
+
+
+def run_delta(made: dict, p: float, seed, need=(True,) * 4) -> dict:
+    """The results on a y in the place of the bias, which is changed; the weight has to be zero."""
+    x, y, A, B, E, dy = (made[name] for name in ("x", "bias", "A", "B", "E", "dy"))
+    options = (E, SCALING, p, threshold(p), seed)
+    s = lora_delta.lora_delta_(y, x, A, B, *options)
+    grads = lora_delta.lora_delta_backward(dy, x, s, A, B, *options, *need)
+    return {"y": y, "S": s, **dict(zip(GRADIENTS, grads, strict=True))}
+
+
+def delta_inputs(sizes, dtype, factor_dtype, layout) -> dict:
+    made = inputs(sizes, dtype, factor_dtype, (layout,) * 5)
+    y = torch.randn(sizes[0], sizes[2], device=DEVICE).to(dtype)
+    return made | {"weight": torch.zeros_like(made["weight"]), "bias": laid_out(y, layout)}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", SIZES[1:4], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_lora_delta(sizes, dtype, p):
+    keep, seed = mask(*sizes[:2], p)
+    made = delta_inputs(sizes, dtype, dtype, "contiguous")
+    out = run_delta(made | {"bias": made["bias"].clone()}, p, seed)
+    compare(out, made, keep, p)
+    assert out["dA"].is_contiguous() and out["dB"].t().is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lora_delta_takes_any_strides_and_fp32_factors(layout):
+    keep, seed = mask(70, 130, 0.3)
+    made = delta_inputs((70, 130, 65, 13), torch.bfloat16, torch.float32, layout)
+    compare(run_delta(made | {"bias": laid_out(made["bias"].clone(), layout)}, 0.3, seed), made, keep, 0.3)
+
+
+def test_lora_delta_computes_only_what_is_needed():
+    _, seed = mask(1, 1, 0.3)
+    made = delta_inputs((33, 63, 65, 13), torch.float32, torch.float32, "contiguous")
+    everything = run_delta(made, 0.3, seed)
+    for name in GRADIENTS:
+        out = run_delta(made, 0.3, seed, tuple(other == name for other in GRADIENTS))
+        assert_accurate(name, out[name], everything[name].double(), everything[name])
+        assert all(out[other] is None for other in GRADIENTS if other != name)
 
 
 @pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32])
