@@ -66,7 +66,7 @@ def lora_ds_db(dy, B, s, rank_scale, scaling: float, ds=None, dB=None, G=None) -
         ds: (M, R), unit column stride.   dB, G: (N, R) with strides (1, N).   Written in their own dtypes; None: not needed.
     B and S are rounded to the dtype of dy.
     """
-    (M, N), R, kind = dy.shape, B.shape[1], tiles.kind(dy)
+    (M, N), R = dy.shape, B.shape[1]
     out = dB if G is None else G
     scaling_g, scale_g = (scaling, rank_scale) if G is None else (1.0, None)
     if ds is None or out is None or R > tiles.DS_DB_RANKS:
@@ -77,10 +77,10 @@ def lora_ds_db(dy, B, s, rank_scale, scaling: float, ds=None, dB=None, G=None) -
             lora_da(dy, s, [out.t()], scaling=scaling_g, rank_scale=scale_g)
         return
     BLOCK_R = tiles.rank_block(R, tiles.DS_DB_RANKS)
-    tile = tiles.DS_DB[kind, BLOCK_R]
+    tile = tiles.DS_DB[tiles.kind(dy, B.t()), BLOCK_R]
     blocks, steps = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns)
-    # Every program streams a block of rows deep enough to keep half of the multiprocessors' share of the memory busy.
-    parts = splits(dy, blocks, steps, M * R, per_multiprocessor=0.5)
+    # A program keeps much of dy in flight, so that half of the multiprocessors saturate the memory. Each part reads S again.
+    parts = splits(dy, blocks, steps, M * R * 3 // 2, per_multiprocessor=0.5)
     columns = triton.cdiv(steps, parts) * tile.columns
     parts = triton.cdiv(N, columns)
     part_ds = ds[None] if parts == 1 else torch.empty((parts, M, R), dtype=torch.float32, device=dy.device)

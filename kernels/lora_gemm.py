@@ -70,7 +70,7 @@ def _lora_gemm_dx_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """
-    dx[m, k] = Σ_i (inv_keep · keep_i[m, k] · Σ_r dS_i[m, r] A_i[r, k] + Σ_n dy_i[m, n] W_i[n, k])     (without DROPOUT: no mask)
+    dx[m, k] = Σ_i (inv_keep · keep_i[m, k] · Σ_r dS_i[m, r] A_i[r, k] + Σ_n dy_i[m, n] W_i[n, k])
 
     One program owns a (BLOCK_M, BLOCK_K) tile of dx (contiguous). The update comes first: its mask is put on the accumulator
     before the base product is added to it. The dS of the GROUP modules lie side by side, as S does in `lora_shrink`.
@@ -129,7 +129,7 @@ def lora_gemm_expand(x, weight, bias, s, B, tile, *, scaling=1.0, rank_scale=Non
         _lora_gemm_expand_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
             y, x, weight, bias, s, rank_scale, B, M, N, K, R, x.stride(0), *weight.stride(), s.stride(0), *B.stride(), scaling,
             BIAS=bias is not None, SCALE=rank_scale is not None, PRECISION=input_precision(x.dtype), TILE_ROWS=_TILE_ROWS,
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=tiles.rank_block(R, tiles.GEMM_RANKS),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=tiles.rank_block(R, tiles.GEMM_EXPAND_RANKS),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
@@ -141,7 +141,7 @@ def lora_gemm_dx(dys, weights, ds, As, tile, dropout_p=0.0, threshold=0, seeds=N
 
     Args:
         dys: list of at most MAX_GROUP (M, N_i), unit column stride.   weights: list of (N_i, K), any strides.   All of one 16-bit dtype.
-        ds: [dS_0 | dS_1 | …] (M, ΣR) of that dtype, unit column stride.   As: list of (R_i, K), R_i ≥ 1, any strides, rounded to that dtype.
+        ds: [dS_0 | dS_1 | …] (M, ΣR) of that dtype, unit column stride.   As: list of (R_i, K), R_i ≥ 1, any strides, rounded to it.
         tile: a GemmTile.   dropout_p, threshold, seeds: one seed a module; no dropout where seeds is None.
     Returns: dx (M, K), dtype of dy.
     """
@@ -156,6 +156,6 @@ def lora_gemm_dx(dys, weights, ds, As, tile, dropout_p=0.0, threshold=0, seeds=N
             tuple(A.stride(0) for A in As), tuple(A.stride(1) for A in As), threshold, 1 / (1 - dropout_p),
             GROUP=len(As), DROPOUT=seeds is not None, PRECISION=input_precision(dx.dtype), TILE_ROWS=_TILE_ROWS,
             BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.columns,
-            BLOCK_R=tiles.rank_block(max(ranks), tiles.GEMM_RANKS), num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_R=tiles.rank_block(max(ranks), tiles.GEMM_DX_RANKS[len(As) - 1]), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx

@@ -85,7 +85,14 @@ def lora_group_backward(
     masks = (dropout_p, threshold)
     dx = None
     if need_dx and used:
-        dx = _dx([dys[i] for i in used], [weights[i] for i in used], ds, [As[i] for i in through], *masks, _chosen(seeds, through))
+        dx = _dx(
+            [dys[i] for i in used],
+            [weights[i] for i in used],
+            ds,
+            [As[i] for i in through],
+            *masks,
+            _chosen(seeds, through),
+        )
     wanted = [i for i in used if need_dA[i]]
     for i in wanted:
         dAs[i] = torch.empty(As[i].shape, dtype=As[i].dtype, device=x2d.device)

@@ -72,10 +72,9 @@ def lora_shrink(
         out: (M, ΣR) of any dtype with unit column stride; a new fp32 tensor if None.
     Returns: out.
     """
-    (M, K), ranks = x.shape, [A.shape[0] for A in As]
-    total = sum(ranks)
+    ranks = [A.shape[0] for A in As]
     if out is None:
-        out = torch.empty((M, total), dtype=torch.float32, device=x.device)
+        out = torch.empty((x.shape[0], sum(ranks)), dtype=torch.float32, device=x.device)
     first = 0
     for start in range(0, len(As), MAX_GROUP):
         group = slice(start, start + MAX_GROUP)

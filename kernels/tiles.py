@@ -29,11 +29,11 @@ class GemmTile(NamedTuple):
     stages: int
 
 
-def kind(streamed: torch.Tensor) -> str:
-    """The column of the tables: "half" is for 16-bit rows on 16-byte boundaries, "ragged" for other 16-bit layouts."""
+def kind(streamed: torch.Tensor, factor: torch.Tensor | None = None) -> str:
+    """What the tables go by: "half" is 16-bit rows on 16-byte boundaries and a rank-major factor, "ragged" other 16-bit layouts."""
     if streamed.dtype == torch.float32:
         return "single"
-    return "half" if is_aligned(streamed) else "ragged"
+    return "half" if is_aligned(streamed) and (factor is None or factor.stride(1) == 1) else "ragged"
 
 
 def rank_block(R: int, limit: int) -> int:
@@ -42,8 +42,8 @@ def rank_block(R: int, limit: int) -> int:
 
 
 # Most ranks at once, by kind and number of modules.
-SHRINK_RANKS = {"half": (128, 64, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
-DA_RANKS = {"half": (128, 64, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
+SHRINK_RANKS = {"half": (128, 32, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
+DA_RANKS = {"half": (128, 32, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
 
 # Rows of x × columns of x, by kind and rank block.
 SHRINK = {
@@ -75,8 +75,8 @@ DS_DB_RANKS = 32
 DS_DB = {  # rows of dy × columns of dy
     ("half", 16): Tile(256, 64, 8, 3),
     ("half", 32): Tile(256, 64, 8, 3),
-    ("ragged", 16): Tile(128, 32, 8, 2),
-    ("ragged", 32): Tile(128, 32, 8, 2),
+    ("ragged", 16): Tile(64, 32, 4, 2),
+    ("ragged", 32): Tile(64, 32, 4, 2),
     ("single", 16): Tile(64, 32, 8, 2),
     ("single", 32): Tile(64, 32, 8, 2),
 }
@@ -85,11 +85,12 @@ EXPAND_RANKS = 32
 EXPAND = {  # rows × columns of the output
     "half": Tile(64, 128, 8, 2),
     "ragged": Tile(64, 64, 8, 2),
-    "single": Tile(64, 64, 8, 2),
+    "single": Tile(32, 64, 4, 2),
 }
 
 # The fused products are for 16-bit operands on 16-byte boundaries only; the first tile is the one to take unmeasured.
-GEMM_RANKS = 32
+GEMM_EXPAND_RANKS = 32
+GEMM_DX_RANKS = (32, 32, 16)  # by number of modules
 GEMM_EXPAND = {
     80: (GemmTile(128, 128, 64, 8, 3), GemmTile(64, 128, 64, 4, 3)),
     90: (GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 4), GemmTile(64, 128, 64, 4, 4)),
@@ -97,4 +98,9 @@ GEMM_EXPAND = {
 GEMM_DX = {
     80: (GemmTile(128, 128, 64, 8, 3),),
     90: (GemmTile(128, 128, 64, 8, 4),),
+}
+# Several modules with dropout hold two accumulators while they put on their masks.
+GEMM_DX_GROUP = {
+    80: (GemmTile(128, 64, 64, 8, 3),),
+    90: (GemmTile(128, 64, 64, 8, 4),),
 }

@@ -1,4 +1,7 @@
-"""Every Triton kernel, as its launcher launches it, really compiled for sm_80 and sm_90: no GPU is needed for that."""
+"""Every Triton kernel, as its launcher launches it, really compiled for sm_80 and sm_90: no GPU is needed for that.
+
+A sample of what `make gpu-check` compiles: all configurations, and sm_100 too.
+"""
 
 import importlib
 import pkgutil
@@ -12,90 +15,78 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
+from gpu_configurations import (
+    BF16,
+    FP32,
+    NEVER_SPLIT,
+    Case,
+    cases,
+    layer_launches,
+    needs,
+    other_launches,
+)
 from triton.runtime.jit import JITFunction
-from triton_targets import SHARED_LIMIT, compile_launch, recorded_launches
+from triton_targets import SHARED, Compiled, compile_launch, faults
 
 import adaptlora.kernels
-from adaptlora.kernels import dropout, launch, lora_linear, rank_gather, rank_norms, rank_scale
+from adaptlora.kernels import launch, tiles
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
-BF16, FP32 = torch.bfloat16, torch.float32
-# name: (dtype of x, dtype of the factors, rank, dropout, TF32 allowed, whether the factors lie as PEFT's)
-LORA_LINEAR = {
-    "bf16-rank8": (BF16, BF16, 8, 0.1, False, False),
-    "bf16-rank128": (BF16, BF16, 128, 0.1, False, False),
-    "bf16-peft-fp32-rank33": (BF16, FP32, 33, 0.1, False, True),
-    "fp32-rank32": (FP32, FP32, 32, 0.1, False, False),
-    "tf32-rank32": (FP32, FP32, 32, 0.0, True, False),
-}
+SAMPLE = [
+    (80, Case(BF16, 8)),
+    (80, Case(BF16, 128, factors=BF16)),
+    (80, Case(BF16, 33, peft=True, scale=True)),
+    (80, Case(BF16, 16, modules=3)),
+    (80, Case(BF16, 16, layout="padded")),
+    (80, Case(FP32, 32)),
+    (90, Case(BF16, 8)),
+    (90, Case(BF16, 16, modules=3)),
+    (90, Case(FP32, 32, dropout=False, tf32=True)),
+]
 
 
-@pytest.fixture(autouse=True)
-def same_precision_afterwards():
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
+@pytest.mark.parametrize(("capability", "case"), SAMPLE, ids=str)
+def test_layer_kernels_are_sound(capability, case):
+    """No spill, no more shared memory than there is; matrix instructions and asynchronous copies where they belong."""
+    for launched in layer_launches(case, capability, (NEVER_SPLIT,)):
+        found = faults(launched, compile_launch(launched, capability), **needs(case, launched))
+        assert not found, f"{launched.name} on sm_{capability}: {', '.join(found)}"
 
 
-def allow_tf32(allowed: bool):
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-
-
-def lora_linear_launches(dtype, factor_dtype, R, p, tf32, peft):
-    allow_tf32(tf32)
-    M, K, N = 256, 128, 192
-    x, dy, weight = (torch.zeros(shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K)))
-    A = torch.zeros(R, K, dtype=factor_dtype)
-    B = torch.zeros(N, R, dtype=factor_dtype) if peft else torch.zeros(R, N, dtype=factor_dtype).t()
-    options = (torch.ones(R, dtype=factor_dtype), 2.0, p, 1 << 20, torch.tensor(1) if p else None)
-    with recorded_launches() as launches:
-        _, s = lora_linear.lora_linear(x, weight, None, A, B, *options)
-        lora_linear.lora_linear_backward(dy, x, weight, s, A, B, *options, True, True, True, True)
-    return launches
-
-
-def other_launches():
-    As, Bs = [torch.zeros(8, 128, dtype=BF16)], [torch.zeros(8, 192).t()]
-    odd_As, odd_Bs = [torch.zeros(8, 13)], [torch.zeros(7, 8)]
-    factors = torch.ones(8)
-    with recorded_launches() as launches:
-        dropout.dropout_keep(torch.tensor(1), 64, 64, 1 << 20)
-        for pair in ((As, Bs), (odd_As, odd_Bs)):
-            rank_norms.rank_norms(*pair)
-            rank_scale.rank_scale(*pair, factors, factors)
-            rank_scale.rank_scale_(*pair, factors, factors)
-        rank_gather.rank_gather(As, torch.tensor([3, 1]), [2])
-    return launches
-
-
-def assert_sound(launched, capability, matrix: bool):
-    compiled = compile_launch(launched, capability)
-    what = f"{launched.name} on sm_{capability}"
-    assert compiled.stack == 0, f"{what}: {compiled.stack} bytes of stack"
-    assert compiled.count("LDL") == compiled.count("STL") == 0, f"{what}: registers spill"
-    assert compiled.shared <= SHARED_LIMIT[capability], f"{what}: {compiled.shared} bytes of shared memory"
-    if matrix:
-        assert compiled.count("HMMA") + compiled.count("HGMMA") > 0, f"{what}: no matrix instructions"
-    return compiled
-
-
-@pytest.mark.parametrize("case", LORA_LINEAR)
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_lora_linear_kernels(case, capability):
-    launches = lora_linear_launches(*LORA_LINEAR[case])
-    tensor_cores = launch.uses_tensor_cores(LORA_LINEAR[case][0])
-    for launched in launches:
-        has_products = launched.name != "_sum_partials_kernel"
-        assert_sound(launched, capability, matrix=tensor_cores and has_products)
-
-
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_other_kernels(capability):
+def test_other_kernels_are_sound():
     for launched in other_launches():
-        compiled = assert_sound(launched, capability, matrix=False)
-        if launched.args.get("VECTOR") or launched.args.get("IN_VECTOR") or launched.name == "_rank_gather_kernel":
+        compiled = compile_launch(launched, 80)
+        found = faults(launched, compiled, matrix=False, asynchronous=False)
+        assert not found, f"{launched.name}: {', '.join(found)}"
+        vector = launched.args.get("VECTOR") or launched.args.get("IN_VECTOR")
+        if vector or launched.name == "_rank_gather_kernel":
             assert re.search(r"\bLDG\.E\.128", compiled.sass), f"{launched.name}: no 16-byte reads"
+
+
+def test_faults_are_found():
+    launched = layer_launches(Case(BF16, 16), 90, (NEVER_SPLIT,))[0]
+    sound = Compiled(90, 8, 100, 0, 1024, "HGMMA.64x16 LDGSTS.E ")
+    gemm = next(found for found in layer_launches(Case(BF16, 16), 90) if "gemm" in found.name)
+    everything = {"matrix": True, "asynchronous": True}
+    assert faults(launched, sound, **everything) == []
+    for broken, text in (
+        (Compiled(90, 8, 255, 16, 1024, sound.sass), "spills (16 bytes of stack)"),
+        (Compiled(90, 8, 255, 0, 1024, sound.sass + "STL [R1] "), "spills (0 bytes of stack)"),
+        (Compiled(90, 8, 255, 0, 228 * 1024, sound.sass), "233472 bytes of shared memory, more than 232448"),
+        (Compiled(90, 8, 255, 0, 1024, "LDGSTS.E FFMA "), "no matrix instructions"),
+        (Compiled(90, 8, 255, 0, 1024, "HMMA.16816 LDG.E "), "no asynchronous copies"),
+    ):
+        assert faults(launched, broken, **everything) == [text]
+    assert faults(gemm, Compiled(90, 8, 100, 0, 1024, "HMMA.16816 LDGSTS.E "), **everything) == ["no HGMMA"]
+
+
+def test_occupancy():
+    """Worked from the limits: 64 warps, 65,536 registers and 164 KiB of shared memory a multiprocessor of sm_80."""
+    assert Compiled(80, 8, 64, 0, 0, "").occupancy == 4
+    assert Compiled(80, 8, 255, 0, 0, "").occupancy == 1
+    assert Compiled(80, 4, 128, 0, 40 * 1024, "").occupancy == 4
+    assert Compiled(80, 4, 32, 0, 163 * 1024, "").occupancy == 1
 
 
 def test_no_kernel_is_left_out():
@@ -106,27 +97,56 @@ def test_no_kernel_is_left_out():
         module = importlib.import_module(f"adaptlora.kernels.{info.name}")
         functions = {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
         kernels |= {name for name in functions if name.endswith("_kernel")}
-    compiled = {launched.name for case in LORA_LINEAR.values() for launched in lora_linear_launches(*case)}
-    compiled |= {launched.name for launched in other_launches()}
-    assert kernels == compiled
+    compiled = {launched.name for launched in layer_launches(Case(BF16, 16), 80)}
+    assert kernels == compiled | {launched.name for launched in other_launches()}
+
+
+def test_every_tile_is_compiled():
+    """The cases of `make gpu-check` reach every entry of the tables."""
+    seen = {80: set(), 90: set()}
+    for capability, found in seen.items():
+        for case in cases():
+            for launched in layer_launches(case, capability, (NEVER_SPLIT,)):
+                blocks = {name: value for name, value in launched.args.items() if name.startswith("BLOCK_")}
+                found.add((launched.name, *blocks.values(), launched.options.get("num_warps")))
+    for (_, R), tile in tiles.SHRINK.items():
+        assert ("_lora_shrink_kernel", tile.rows, tile.columns, R, tile.warps) in seen[80]
+    for (_, R), tile in tiles.DA.items():
+        assert ("_lora_da_kernel", tile.rows, tile.columns, R, tile.warps) in seen[80]
+    for (_, R), tile in tiles.DS_DB.items():
+        assert ("_lora_ds_db_kernel", tile.rows, tile.columns, R, tile.warps) in seen[80]
+    for tile in tiles.EXPAND.values():
+        assert ("_lora_expand_kernel", tile.rows, tile.columns, 32, tile.warps) in seen[80]
+    for capability, table in tiles.GEMM_EXPAND.items():
+        for t in table:
+            assert ("_lora_gemm_expand_kernel", t.rows, t.columns, t.depth, 32, t.warps) in seen[capability]
+    for table in (tiles.GEMM_DX, tiles.GEMM_DX_GROUP):
+        for capability, entries in table.items():
+            for t in entries:
+                assert ("_lora_gemm_dx_kernel", t.rows, t.depth, t.columns, 16, t.warps) in seen[capability]
+    assert seen.keys() == tiles.GEMM_DX.keys() <= SHARED.keys()
 
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_fp32_enters_the_matrix_units_only_as_torch_allows(tf32):
-    allow_tf32(tf32)
-    assert launch.input_precision(FP32) == ("tf32" if tf32 else "ieee")
-    assert launch.uses_tensor_cores(FP32) is tf32
-    assert launch.uses_tensor_cores(BF16)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        assert launch.input_precision(FP32) == ("tf32" if tf32 else "ieee")
+        assert launch.uses_tensor_cores(FP32) is tf32
+        assert launch.uses_tensor_cores(BF16)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_a_new_rank_compiles_nothing_new():
+@pytest.mark.parametrize("modules", [1, 3])
+def test_a_new_rank_compiles_nothing_new(modules):
     """Ranks of one block width differ in no compiled-in value and no alignment, so pruning does not stop to compile."""
 
     def compiled_in(rank):
-        launches = lora_linear_launches(BF16, BF16, rank, 0.1, False, False)
-        return [(launched.name, launched.specialisation(), launched.options) for launched in launches]
+        return [launched.signature() for launched in layer_launches(Case(BF16, rank, modules=modules), 80)]
 
-    assert compiled_in(3) == compiled_in(5) == compiled_in(8) == compiled_in(16)
+    assert compiled_in(1) == compiled_in(3) == compiled_in(5) == compiled_in(8) == compiled_in(16)
 
 
 def test_importing_the_package_does_not_import_triton():

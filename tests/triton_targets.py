@@ -1,7 +1,7 @@
 """Compile what a launcher launches for GPUs that are not there, and read what ptxas made of it.
 
-The launchers run on small CPU tensors with triton's `run` replaced by a recorder, so that what is compiled are their own
-tiles, dtypes and specialisations; triton's wheel carries ptxas, cuobjdump and nvdisasm.
+The launchers run on CPU tensors with triton's `run` replaced by a recorder, so that what is compiled are their own tiles, dtypes
+and specialisations; triton's wheel carries ptxas, cuobjdump and nvdisasm.
 """
 
 import contextlib
@@ -12,17 +12,33 @@ import re
 import subprocess
 import tempfile
 
-import torch
 import triton
+from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int8: "*i8",
-}  # fmt: skip
+_KIB = 1024
+_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32  # a multiprocessor has, of every architecture here
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Bytes of shared memory: what one program may have, and what a multiprocessor has for all of its programs."""
+
+    program: int
+    multiprocessor: int
+
+
+SHARED = {
+    80: Shared(163 * _KIB, 164 * _KIB),
+    90: Shared(227 * _KIB, 228 * _KIB),
+    100: Shared(227 * _KIB, 228 * _KIB),
+}
+_MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+_ASYNCHRONOUS = ("LDGSTS", "UTMALDG")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +54,71 @@ class Launch:
         return self.kernel.__name__
 
     def specialisation(self) -> tuple[dict, dict, dict]:
-        """(types by parameter name, compiled-in values and attributes by index), as triton's launcher would choose them."""
+        """(types by parameter name, compiled-in values and attributes by path), as triton's launcher chooses them."""
         types, constants, attributes = {}, {}, {}
         for index, param in enumerate(self.kernel.params):
             value = self.args[param.name]
-            types[param.name], divisible = _specialised(param, value)
-            if types[param.name] == "constexpr":
-                constants[(index,)] = value
-            elif divisible:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            if param.is_constexpr:
+                types[param.name], constants[index,] = "constexpr", value
+                continue
+            align = not param.do_not_specialize_on_alignment
+            types[param.name], keys = native_specialize_impl(
+                CUDABackend, value, False, not param.do_not_specialize and not isinstance(value, float), align
+            )
+            _collect((index,), types[param.name], keys, constants, attributes)
         return types, constants, attributes
+
+    def signature(self) -> str:
+        """What two launches that compile to the same code share."""
+        return repr((self.name, self.specialisation(), sorted(self.options.items())))
+
+
+def _collect(path, kind, key, constants, attributes) -> None:
+    if isinstance(kind, tuple):
+        for place, (inner, inner_key) in enumerate(zip(kind, key, strict=True)):
+            _collect((*path, place), inner, inner_key, constants, attributes)
+    elif kind == "constexpr":
+        constants[path] = key
+    elif key:
+        attributes[path] = CUDABackend.parse_attr(key)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
+    capability: int
+    warps: int
     registers: int
     stack: int
     shared: int
     sass: str
 
-    def count(self, instruction: str) -> int:
-        return len(re.findall(rf"\b{instruction}\b", self.sass))
+    def count(self, *instructions: str) -> int:
+        return sum(len(re.findall(rf"\b{instruction}\b", self.sass)) for instruction in instructions)
+
+    @property
+    def spills(self) -> int:
+        """Bytes of stack, or instructions that move registers to and from it."""
+        return self.stack or self.count("LDL", "STL")
+
+    @property
+    def matrix(self) -> int:
+        return self.count(*_MATRIX)
+
+    @property
+    def asynchronous(self) -> int:
+        return self.count(*_ASYNCHRONOUS)
+
+    @property
+    def occupancy(self) -> int:
+        """Programs that fit on a multiprocessor at the same time."""
+        # Registers are given to warps in units of 256, 8 a thread; a program takes 1 KiB of shared memory besides its own.
+        per_warp = -(-max(self.registers, 8) // 8) * 8 * 32
+        return min(
+            _BLOCKS,
+            _WARPS // self.warps,
+            _REGISTERS // (per_warp * self.warps),
+            SHARED[self.capability].multiprocessor // (self.shared + _KIB),
+        )
 
 
 @contextlib.contextmanager
@@ -78,29 +138,16 @@ def recorded_launches():
         JITFunction.run = run
 
 
-def _specialised(param, value) -> tuple[str, bool]:
-    """(type, whether divisible by 16) of an argument as triton's launcher would see it; "constexpr" is compiled in."""
-    if param.is_constexpr or value is None:
-        return "constexpr", False
-    if isinstance(value, torch.Tensor):
-        return _TYPES[value.dtype], value.data_ptr() % 16 == 0
-    if isinstance(value, float):
-        return "fp32", False
-    if not param.do_not_specialize and value == 1:
-        return "constexpr", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", not param.do_not_specialize and value % 16 == 0
-
-
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compiles for compute capability `capability` (80, 90, …)."""
+    """Compiles for compute capability `capability` (80, 90, 100)."""
     types, constants, attributes = launch.specialisation()
     source = ASTSource(launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     registers, stack, sass = _disassembled(kernel.asm["cubin"])
-    return Compiled(registers, stack, kernel.metadata.shared, sass)
+    return Compiled(capability, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, sass)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _disassembled(cubin: bytes) -> tuple[int, int, str]:
     with tempfile.TemporaryDirectory() as directory:
         binary = pathlib.Path(directory) / "kernel.cubin"
@@ -112,3 +159,19 @@ def _disassembled(cubin: bytes) -> tuple[int, int, str]:
 
 def _tool(name: str, *args) -> str:
     return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+def faults(launch: Launch, compiled: Compiled, *, matrix: bool, asynchronous: bool) -> list[str]:
+    """What forbids shipping this configuration, none if it is sound; `matrix`, `asynchronous`: what its code must have."""
+    found = []
+    if compiled.spills:
+        found.append(f"spills ({compiled.stack} bytes of stack)")
+    if compiled.shared > SHARED[compiled.capability].program:
+        found.append(f"{compiled.shared} bytes of shared memory, more than {SHARED[compiled.capability].program}")
+    if matrix and not compiled.matrix:
+        found.append("no matrix instructions")
+    if launch.name.startswith("_lora_gemm") and compiled.capability == 90 and not compiled.count("HGMMA"):
+        found.append("no HGMMA")
+    if asynchronous and not compiled.asynchronous:
+        found.append("no asynchronous copies")
+    return found

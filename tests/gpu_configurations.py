@@ -1,0 +1,157 @@
+"""The launches that the package ships: every kernel with every tile, dtype, rank block, group and layout that its launchers choose."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import torch
+from numerics import laid_out
+from triton_targets import Launch, recorded_launches
+
+from adaptlora.kernels import (
+    dropout,
+    launch,
+    lora_da,
+    lora_ds_db,
+    lora_expand,
+    lora_gemm,
+    lora_shrink,
+    partials,
+    rank_gather,
+    rank_norms,
+    rank_scale,
+    tiles,
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+M, K, N = 256, 128, 192
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of every launcher of the layer. `layout` is that of x and dy; `peft`: B lies as PEFT's, (N, R) contiguous."""
+
+    dtype: torch.dtype
+    R: int
+    factors: torch.dtype = FP32
+    modules: int = 1
+    dropout: bool = True
+    layout: str = "contiguous"
+    tf32: bool = False
+    scale: bool = False
+    peft: bool = False
+
+    def __str__(self) -> str:
+        names = [str(self.dtype).removeprefix("torch."), f"R{self.R}", f"{self.modules} modules"]
+        flags = ("dropout", "tf32", "scale", "peft")
+        return " ".join([*names, self.layout, *(flag for flag in flags if getattr(self, flag))])
+
+    @property
+    def matrix(self) -> bool:
+        return self.dtype != FP32 or self.tf32
+
+    @property
+    def aligned(self) -> bool:
+        return self.layout == "contiguous"
+
+
+def cases() -> list[Case]:
+    ranks, modules, both = (16, 32, 64, 128), (1, 2, 3), (False, True)
+    crossed = [
+        *(Case(d, R, modules=g, dropout=p) for d, R, g, p in itertools.product((BF16, FP16), ranks, modules, both)),
+        *(
+            Case(FP32, R, modules=g, dropout=p, tf32=t)
+            for R, g, p, t in itertools.product((16, 32), modules, both, both)
+        ),
+    ]
+    layouts = [
+        Case(d, R, modules=g, layout=layout, tf32=d == FP32 and layout == "padded")
+        for d, R, g, layout in itertools.product((BF16, FP32), ranks, (1, 3), ("padded", "transposed", "strided"))
+    ]
+    factors = [
+        Case(d, R, factors=f, scale=s, peft=p)
+        for d, f in ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32))
+        for R, (s, p) in itertools.product((8, 33, 128), ((True, False), (False, True)))
+    ]
+    return crossed + layouts + factors
+
+
+@contextlib.contextmanager
+def _settings(case: Case, share: float) -> Iterator[None]:
+    """TF32 as the case allows it, and reductions split never (share 0) or as far as they go."""
+    before = torch.backends.cuda.matmul.fp32_precision, launch.PARTIALS_SHARE
+    torch.backends.cuda.matmul.fp32_precision, launch.PARTIALS_SHARE = "tf32" if case.tf32 else "ieee", share
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision, launch.PARTIALS_SHARE = before
+
+
+NEVER_SPLIT, ALWAYS_SPLIT = 0.0, 1e6
+
+
+def layer_launches(case: Case, capability: int, shares=(NEVER_SPLIT, ALWAYS_SPLIT)) -> list[Launch]:
+    """What the launchers launch for `case`, reductions split as `shares` says; fused products with every tile of the capability."""
+    group = range(case.modules)
+    x, dy = (laid_out(torch.zeros(M, width, dtype=case.dtype), case.layout) for width in (K, N))
+    As = [torch.zeros(case.R, K, dtype=case.factors) for _ in group]
+    # A rank-major B is the first rows of a larger store, as RankedPair's: its strides are (1, N) at rank 1 too.
+    Bs = [torch.zeros(N, case.R, dtype=case.factors) if case.peft else _rank_major(case) for _ in group]
+    e = torch.ones(case.R) if case.scale else None
+    masks = (0.1, 1 << 20, [torch.tensor(1) for _ in group]) if case.dropout else (0.0, 0, None)
+    s, ds = torch.zeros(M, case.R * case.modules), torch.zeros(M, case.R * case.modules, dtype=case.dtype)
+    with recorded_launches() as launches:
+        for share in shares:
+            with _settings(case, share):
+                lora_shrink.lora_shrink(x, As, *masks)
+                lora_da.lora_da(x, ds, [torch.empty(A.shape, dtype=A.dtype) for A in As], *masks)
+                dB = torch.empty(case.R, N, dtype=case.factors).t()
+                lora_ds_db.lora_ds_db(dy, Bs[0], s[:, : case.R], e, 2.0, ds[:, : case.R], dB)
+        with _settings(case, NEVER_SPLIT):
+            lora_expand.lora_expand_(dy, s[:, : case.R], [Bs[0].t()], scaling=2.0, rank_scale=e)
+            lora_expand.lora_expand_(x, ds, As, *masks)
+            if case.dtype != FP32 and case.aligned:
+                _gemms(case, capability, x, dy, As, Bs, s, ds, e, masks)
+    return launches
+
+
+def _rank_major(case: Case) -> torch.Tensor:
+    return torch.zeros(case.R + 1, N, dtype=case.factors)[: case.R].t()
+
+
+def _gemms(case, capability, x, dy, As, Bs, s, ds, e, masks) -> None:
+    nearest = max(known for known in tiles.GEMM_EXPAND if known <= capability)
+    bias = torch.zeros(N, dtype=case.dtype)
+    for transposed in (False, True):  # nn.Linear's weight and Conv1D's
+        weight = laid_out(torch.zeros(N, K, dtype=case.dtype), "transposed" if transposed else "contiguous")
+        for tile in tiles.GEMM_EXPAND[nearest]:
+            lora_gemm.lora_gemm_expand(x, weight, bias, s[:, : case.R], Bs[0], tile, scaling=2.0, rank_scale=e)
+        for tile in (tiles.GEMM_DX if case.modules == 1 else tiles.GEMM_DX_GROUP)[nearest]:
+            lora_gemm.lora_gemm_dx([dy] * len(As), [weight] * len(As), ds, As, tile, *masks)
+
+
+def other_launches() -> list[Launch]:
+    """The kernels that take all modules at once, on aligned and odd vectors, and the sums of partial results."""
+    aligned = [torch.zeros(8, 128, dtype=BF16)], [torch.zeros(8, 192).t()]
+    odd = [torch.zeros(8, 13)], [torch.zeros(7, 8)]
+    factors = torch.ones(8)
+    with recorded_launches() as launches:
+        dropout.dropout_keep(torch.tensor(1), 64, 64, 1 << 20)
+        for pair in (aligned, odd):
+            rank_norms.rank_norms(*pair)
+            rank_scale.rank_scale(*pair, factors, factors)
+            rank_scale.rank_scale_(*pair, factors, factors)
+        rank_gather.rank_gather(aligned[0], torch.tensor([3, 1]), [2])
+        for jobs in (1, 2, 3):
+            partials.sum_partials(
+                *[(torch.zeros(2, 8, 64), torch.zeros(8, 64, dtype=d)) for d in (FP32, BF16, FP16)[:jobs]]
+            )
+    return launches
+
+
+def needs(case: Case, launched: Launch) -> dict[str, bool]:
+    """What the code of a launch of `case` must have, for `triton_targets.faults`."""
+    product = launched.name.startswith("_lora_")
+    streams = product and launched.name != "_lora_expand_kernel"
+    return {"matrix": product and case.matrix, "asynchronous": streams and case.matrix and case.aligned}

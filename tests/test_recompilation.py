@@ -1,0 +1,101 @@
+"""torch.compile and ranks that change: one compilation more in all, whatever the number of changes."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import adaptlora
+from adaptlora.nn import LoraGroup, LoraLinear
+from adaptlora.ops import lora_delta_, lora_group, lora_linear
+
+K, N = 24, 20
+# Ten changes, to rank 1 and back among them, down to 0 and up beyond the first.
+RANKS = [8, 7, 5, 1, 2, 6, 1, 3, 13, 4, 0]
+
+
+def linear(x, weight, A, B):
+    return lora_linear(x, weight, None, A, B, scaling=2.0, dropout_p=0.1)
+
+
+def group(x, weight, A, B):
+    return sum(lora_group(x, [weight] * 2, [None] * 2, [A, A[:3]], [B, B[:, :3]], scalings=[1.0, 2.0], dropout_p=0.1))
+
+
+def delta(x, weight, A, B):
+    return lora_delta_(x @ weight.t(), x, A, B, scaling=2.0, dropout_p=0.1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def factors(R: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank-major, as RankedPair's."""
+    store_A, store_B = torch.randn(16, K), torch.randn(16, N)
+    return store_A[:R].detach().requires_grad_(), store_B[:R].t().detach().requires_grad_()
+
+
+@pytest.mark.parametrize("op", [linear, group, delta], ids=lambda op: op.__name__)
+def test_ops_compile_twice_for_any_number_of_ranks(op):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
+    x, weight = torch.randn(12, K, requires_grad=True), torch.randn(N, K)
+    with adaptlora.dynamic_ranks():
+        for R in RANKS:
+            A, B = factors(R)
+            torch.manual_seed(R)
+            y = compiled(x, weight, A, B)
+            grads = torch.autograd.grad(y.square().sum(), [x, A, B])
+            torch.manual_seed(R)
+            expected = op(x, weight, A, B)
+            torch.testing.assert_close(y, expected)
+            for ours, theirs in zip(grads, torch.autograd.grad(expected.square().sum(), [x, A, B]), strict=True):
+                torch.testing.assert_close(ours, theirs)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_layers_compile_twice_while_their_ranks_change(grouped):
+    """Views of a store that narrow and grow: the parameters stay the same objects."""
+    layers = [LoraLinear(nn.Linear(K, N), 13, scaling=2.0, dropout_p=0.1) for _ in range(2)]
+    module = LoraGroup(layers) if grouped else nn.ModuleList(layers)
+    parameters = [parameter for layer in layers for parameter in layer.pair.parameters()]
+
+    def run(x):
+        return sum(module(x)) if grouped else layers[0](x) + layers[1](x)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    x = torch.randn(12, K)
+    with adaptlora.dynamic_ranks():
+        for R in RANKS:
+            # Two ranks that never coincide: dynamo takes sizes that are equal at first for one and the same.
+            for layer, rank in zip(layers, (R, (R + 5) % 14), strict=True):
+                layer.pair.plan(rank).commit()
+            torch.manual_seed(R)
+            compiled(x).sum().backward()
+            grads = [parameter.grad for parameter in parameters]
+            module.zero_grad()
+            torch.manual_seed(R)
+            run(x).sum().backward()
+            for ours, parameter in zip(grads, parameters, strict=True):
+                torch.testing.assert_close(ours, parameter.grad)
+            module.zero_grad()
+    assert counter.frame_count == 2
+
+
+def test_settings_are_restored():
+    from torch.fx.experimental import _config as shapes
+
+    def settings():
+        return torch._dynamo.config.force_parameter_static_shapes, shapes.backed_size_oblivious
+
+    before = settings()
+    with pytest.raises(ZeroDivisionError), adaptlora.dynamic_ranks():
+        assert settings() == (False, True)
+        1 / 0  # noqa: B018
+    assert settings() == before
