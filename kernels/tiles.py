@@ -77,8 +77,8 @@ DS_DB = {  # rows of dy × columns of dy
     ("half", 32): Tile(256, 64, 8, 3),
     ("ragged", 16): Tile(64, 32, 4, 2),
     ("ragged", 32): Tile(64, 32, 4, 2),
-    ("single", 16): Tile(64, 32, 8, 2),
-    ("single", 32): Tile(64, 32, 8, 2),
+    ("single", 16): Tile(64, 32, 4, 2),
+    ("single", 32): Tile(64, 32, 4, 2),
 }
 
 EXPAND_RANKS = 32
