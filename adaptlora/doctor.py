@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import gemm_table
 from .ops import _backend
 
 PACKAGES = ("adaptlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
@@ -47,6 +48,7 @@ def diagnose() -> dict[str, list[Row]]:
         "This machine": [(name, str(value), True) for name, value in machine().items()] + [_gpu_row()],
         "C++ extension": list(_extension_rows()),
         "Which backend runs": [(where, answer, not answer.startswith("error")) for where, answer in _backend.explain()],
+        "Which base GEMM runs (cuda, 16 bits)": [_gemm_row()],
     }
 
 
@@ -68,6 +70,21 @@ def _gpu_row() -> Row:
         return "CUDA", f"torch is built for CUDA {torch.version.cuda}, but sees no GPU", True
     major, minor = torch.cuda.get_device_capability()
     return "CUDA", f"{torch.version.cuda}, compute capability {major}.{minor}", True
+
+
+def _gemm_row() -> Row:
+    """What decides; not well if it is nothing that can be followed."""
+    question = "decided by"
+    try:
+        override = gemm_table.forced()
+        if override is not None:
+            return question, f"ADAPTLORA_GEMM={override}", True
+        table = gemm_table.read(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    except ValueError as error:
+        return question, str(error), False
+    if table is None:
+        return question, "prediction: no table for this GPU (`adaptlora tune` measures one)", True
+    return question, f"{gemm_table.path(table.device)}: {len(table.entries)} entries, measured {table.date}", True
 
 
 def _extension_rows() -> Iterator[Row]:
