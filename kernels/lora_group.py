@@ -46,7 +46,8 @@ def lora_group(x2d, weights, biases, As, Bs, rank_scales, scalings, dropout_p: f
         lora_shrink(x2d, _chosen(As, ranked), dropout_p, threshold, _chosen(seeds, ranked), out=s)
     ys = []
     for i, columns in enumerate(_columns(ranks)):
-        tile = choose("gemm_expand", x2d, [weights[i]]) if ranks[i] else None
+        # The fused product is for rank-major factors, as RankedPair's: gathering PEFT's B would cost it registers it does not have.
+        tile = choose("gemm_expand", x2d, [weights[i]]) if ranks[i] and Bs[i].stride(0) == 1 else None
         options = {"scaling": scalings[i], "rank_scale": _dense(rank_scales[i])}
         if tile is not None:
             ys.append(lora_gemm_expand(x2d, weights[i], _dense(biases[i]), s[:, columns], Bs[i], tile, **options))

@@ -43,7 +43,7 @@ def rank_block(R: int, limit: int) -> int:
 
 # Most ranks at once, by kind and number of modules.
 SHRINK_RANKS = {"half": (128, 32, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
-DA_RANKS = {"half": (128, 32, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
+DA_RANKS = {"half": (128, 32, 16), "ragged": (64, 32, 16), "single": (32, 16, 16)}
 
 # Rows of x × columns of x, by kind and rank block.
 SHRINK = {
@@ -54,12 +54,12 @@ SHRINK = {
     ("ragged", 16): Tile(64, 64, 8, 2),
     ("ragged", 32): Tile(64, 64, 8, 2),
     ("ragged", 64): Tile(64, 32, 8, 2),
-    ("single", 16): Tile(64, 32, 8, 3),
+    ("single", 16): Tile(64, 32, 8, 2),
     ("single", 32): Tile(64, 32, 8, 3),
 }
 DA = {
     ("half", 16): Tile(32, 256, 8, 3),
-    ("half", 32): Tile(32, 256, 8, 3),
+    ("half", 32): Tile(64, 128, 8, 3),
     ("half", 64): Tile(64, 128, 8, 3),
     ("half", 128): Tile(64, 64, 8, 3),
     ("ragged", 16): Tile(32, 128, 8, 2),
@@ -94,6 +94,7 @@ GEMM_DX_RANKS = (32, 32, 16)  # by number of modules
 GEMM_EXPAND = {
     80: (GemmTile(128, 128, 64, 8, 3), GemmTile(64, 128, 64, 4, 3)),
     90: (GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 4), GemmTile(64, 128, 64, 4, 4)),
+    100: (GemmTile(128, 256, 64, 8, 3), GemmTile(64, 128, 64, 4, 4)),
 }
 GEMM_DX = {
     80: (GemmTile(128, 128, 64, 8, 3),),
@@ -103,4 +104,10 @@ GEMM_DX = {
 GEMM_DX_GROUP = {
     80: (GemmTile(128, 64, 64, 8, 3),),
     90: (GemmTile(128, 64, 64, 8, 4),),
+    100: (GemmTile(128, 64, 64, 8, 3),),
 }
+
+
+def gemm_tiles(table: dict, capability: int) -> tuple[GemmTile, ...]:
+    """The entry of the nearest architecture that is not newer."""
+    return table[max(known for known in table if known <= capability)]

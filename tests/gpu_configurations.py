@@ -121,13 +121,13 @@ def _rank_major(case: Case) -> torch.Tensor:
 
 
 def _gemms(case, capability, x, dy, As, Bs, s, ds, e, masks) -> None:
-    nearest = max(known for known in tiles.GEMM_EXPAND if known <= capability)
+    dx_table = tiles.GEMM_DX if case.modules == 1 else tiles.GEMM_DX_GROUP
     bias = torch.zeros(N, dtype=case.dtype)
     for transposed in (False, True):  # nn.Linear's weight and Conv1D's
         weight = laid_out(torch.zeros(N, K, dtype=case.dtype), "transposed" if transposed else "contiguous")
-        for tile in tiles.GEMM_EXPAND[nearest]:
+        for tile in () if case.peft else tiles.gemm_tiles(tiles.GEMM_EXPAND, capability):
             lora_gemm.lora_gemm_expand(x, weight, bias, s[:, : case.R], Bs[0], tile, scaling=2.0, rank_scale=e)
-        for tile in (tiles.GEMM_DX if case.modules == 1 else tiles.GEMM_DX_GROUP)[nearest]:
+        for tile in tiles.gemm_tiles(dx_table, capability):
             lora_gemm.lora_gemm_dx([dy] * len(As), [weight] * len(As), ds, As, tile, *masks)
 
 
