@@ -74,7 +74,7 @@ DA = {
 DS_DB_RANKS = 32
 DS_DB = {  # rows of dy × columns of dy
     ("half", 16): Tile(256, 64, 8, 3),
-    ("half", 32): Tile(256, 64, 8, 3),
+    ("half", 32): Tile(256, 32, 8, 3),  # shared memory enough for sm_86 and sm_89 too
     ("ragged", 16): Tile(64, 32, 4, 2),
     ("ragged", 32): Tile(64, 32, 4, 2),
     ("single", 16): Tile(64, 32, 4, 2),
