@@ -15,7 +15,7 @@ from .launch import MAX_GROUP, capability, is_aligned
 from .tiles import GemmTile
 
 # With several modules dx has tiles of its own, so that it is a product of its own here and in the user's table.
-_TILES = {"gemm_expand": tiles.GEMM_EXPAND, "gemm_dx": tiles.GEMM_DX, "gemm_dx_group": tiles.GEMM_DX_GROUP}
+TILES = {"gemm_expand": tiles.GEMM_EXPAND, "gemm_dx": tiles.GEMM_DX, "gemm_dx_group": tiles.GEMM_DX_GROUP}
 
 
 def choose(gemm: str, streamed: torch.Tensor, weights: list, dys: list | None = None) -> GemmTile | None:
@@ -85,7 +85,7 @@ def is_predicted(capability: int, dtype: torch.dtype, M: int, columns: int, dept
 
 def fused_tiles(gemm: str, capability: int) -> tuple[GemmTile, ...]:
     """The tiles that are shipped for an architecture, none for one before sm_80."""
-    return tiles.gemm_tiles(_TILES[gemm], devices.generation(capability)) if capability >= 80 else ()
+    return tiles.gemm_tiles(TILES[gemm], devices.generation(capability)) if capability >= 80 else ()
 
 
 def fused_tile(gemm: str, capability: int, M: int, columns: int) -> GemmTile | None:

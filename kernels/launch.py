@@ -5,13 +5,14 @@ import contextlib
 import torch
 import triton
 
+from .devices import DEVICES
+
 if triton.knobs.runtime.interpret:
     from .interpreter import repair_bf16
 
     repair_bf16()
 
 # Without a GPU (in the interpreter, or compiling for one that is not there) kernels are launched as on an A100.
-_SMS_WITHOUT_GPU = 108
 _CAPABILITY_WITHOUT_GPU = 80
 # A split reduction writes and reads fp32 partial results: at most this share of the bytes of the operand it streams.
 PARTIALS_SHARE = 1 / 16
@@ -35,7 +36,7 @@ def capability(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at the same time if each fills a multiprocessor."""
     if device.type != "cuda":
-        return _SMS_WITHOUT_GPU
+        return DEVICES[_CAPABILITY_WITHOUT_GPU].multiprocessors
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -12,7 +12,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("file", ["test_triton_kernels.py", "test_triton_group.py", "test_traffic.py"])
+@pytest.mark.parametrize(
+    "file", ["test_triton_kernels.py", "test_triton_group.py", "test_triton_gemm.py", "test_traffic.py"]
+)
 def test_in_the_interpreter(file):
     pytest.importorskip("triton", reason="triton is not installed")
     tests = pathlib.Path(__file__).resolve().parent
