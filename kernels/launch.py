@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
 # Without a GPU (in the interpreter, or compiling for one that is not there) kernels are launched as on an A100.
 _CAPABILITY_WITHOUT_GPU = 80
 # A split reduction writes and reads fp32 partial results: at most this share of the bytes of the operand it streams.
-PARTIALS_SHARE = 1 / 16
+PARTIALS_SHARE = 1 / 32
 # Modules that one launch takes when they share x; more take several launches.
 MAX_GROUP = 3
 

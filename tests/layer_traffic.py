@@ -69,15 +69,22 @@ def distinct(traffic: Traffic) -> int:
     return traffic.distinct_loaded.total() + traffic.distinct_stored.total()
 
 
-def adapter_bytes(name: str, traffic: Traffic) -> int:
-    """Requested bytes without those of the base product's own operands."""
-    return requested(traffic) - sum(traffic.loaded[arg] + traffic.stored[arg] for arg in BASE.get(name, ()))
+def adapter_bytes(name: str, traffic: Traffic, *, rereads: bool) -> int:
+    """
+    What a kernel asks for on the adapter's behalf: requested bytes, without those of the base product's own operands.
+
+    The products' tiles read the rank operands again and again too; without `rereads` these count once.
+    """
+    if name not in BASE:
+        return requested(traffic)
+    loaded, stored = (traffic.loaded, traffic.stored) if rereads else (traffic.distinct_loaded, traffic.distinct_stored)
+    return loaded.total() + stored.total() - sum(loaded[arg] + stored[arg] for arg in BASE[name])
 
 
 def skinny(layer: Layer) -> dict[str, Traffic]:
     """The kernels beside the two base products, and the norms of the factors."""
     x, dy, A, B, _, seed = layer.operands().values()
-    masks = (layer.p, threshold(layer.p), [seed])
+    masks = (layer.p, threshold(layer.p), [seed] if layer.p else None)
     ds, dA, dB = torch.empty(layer.M, layer.R, dtype=BF16), torch.empty_like(A), torch.empty_like(B.t()).t()
     with counted() as counts:
         s = lora_shrink.lora_shrink(x, [A], *masks)

@@ -13,7 +13,14 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "file", ["test_triton_kernels.py", "test_triton_group.py", "test_triton_gemm.py", "test_traffic.py"]
+    "file",
+    [
+        "test_triton_kernels.py",
+        "test_triton_group.py",
+        "test_triton_gemm.py",
+        "test_traffic.py",
+        "test_layer_traffic.py",
+    ],
 )
 def test_in_the_interpreter(file):
     pytest.importorskip("triton", reason="triton is not installed")
