@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 EXTENSION_SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv test demo demo-short demo-e2e data data-e2e bench bench-quick lint clean
+.PHONY: help venv test demo demo-short demo-e2e data data-e2e bench bench-quick gpu gpu-check traffic lint clean
 
 help:
 	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
@@ -17,6 +17,9 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make lint        ruff"
 	@echo "make bench       every benchmark, ratios printed and written to bench/results/"
+	@echo "make gpu-check   compile every Triton kernel in every shipped configuration for sm_80, sm_90, sm_100; needs no GPU (20 minutes)"
+	@echo "make traffic     bytes and FLOPs that the Triton kernels ask for, counted in the interpreter (15 minutes)"
+	@echo "make gpu         with a GPU: the Triton tests, the benchmarks, the compile check"
 	@echo "make data        the demo's model and data, once, into .data/"
 	@echo "make venv        the environment alone;  PYTHON=... chooses the interpreter"
 
@@ -58,6 +61,17 @@ bench: data
 
 bench-quick: data
 	$(BIN)/python -m pytest bench -o python_files='bench_*.py' --benchmark-only --quick -s
+
+gpu-check: venv
+	PYTHONPATH=tests $(BIN)/python bench/gpu_check.py
+
+traffic: venv
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python bench/kernel_traffic.py
+
+gpu: venv
+	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make gpu: needs a CUDA GPU and a torch that was built for it')"
+	$(BIN)/python -m pytest -m gpu
+	$(MAKE) bench gpu-check
 
 clean:
 	rm -rf build dist *.egg-info adaptlora/*.so

@@ -31,15 +31,26 @@ class Interleaved:
         self.providers = list(providers.items())
         self.samples: dict[str, list[float]] = {name: [] for name in providers}
 
+    def _elapsed(self, run: Provider) -> float:
+        """Seconds that a call takes, with what it leaves to the GPU."""
+        self._wait()
+        start = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - start
+
+    @staticmethod
+    def _wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def __call__(self) -> None:
         first, *rest = self.providers
         # The collector would otherwise run in whichever provider fills its quota.
         gc.collect()
         gc.disable()
         for name, run in self.providers:
-            start = time.perf_counter()
-            run()
-            self.samples[name].append(time.perf_counter() - start)
+            self.samples[name].append(self._elapsed(run))
         gc.enable()
         self.providers = [*rest, first]
 

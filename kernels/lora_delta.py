@@ -4,7 +4,7 @@ import torch
 
 from .lora_da import lora_da
 from .lora_expand import lora_expand_
-from .lora_group import _dense, _factor_gradients
+from .lora_group import dense, factor_gradients
 from .lora_shrink import lora_shrink
 
 
@@ -19,7 +19,7 @@ def lora_delta_(y2d, x2d, A, B, rank_scale, scaling: float, dropout_p: float, th
     Returns: S (M, R) fp32, contiguous.
     """
     s = lora_shrink(x2d, [A], dropout_p, threshold, None if seed is None else [seed])
-    lora_expand_(y2d, s, [B.t()], scaling=scaling, rank_scale=_dense(rank_scale))
+    lora_expand_(y2d, s, [B.t()], scaling=scaling, rank_scale=dense(rank_scale))
     return s
 
 
@@ -36,7 +36,7 @@ def lora_delta_backward(
     """
     dropout = (dropout_p, threshold, None if seed is None else [seed])
     ds = x2d.new_empty((x2d.shape[0], A.shape[0])) if need_dx or need_dA else None
-    dB, dE = _factor_gradients(dy2d, S, B, rank_scale, scaling, ds, need_dB, need_dE)
+    dB, dE = factor_gradients(dy2d, S, B, rank_scale, scaling, ds, need_dB, need_dE)
     dx = dA = None
     if need_dx:
         dx = x2d.new_zeros(x2d.shape)

@@ -15,7 +15,8 @@ from .lora_gemm import lora_gemm_dx, lora_gemm_expand
 from .lora_shrink import lora_shrink
 
 
-def _dense(rank_scale):
+def dense(rank_scale):
+    """`rank_scale` as the kernels take it: contiguous, or None."""
     return None if rank_scale is None else rank_scale.contiguous()
 
 
@@ -48,9 +49,9 @@ def lora_group(x2d, weights, biases, As, Bs, rank_scales, scalings, dropout_p: f
     for i, columns in enumerate(_columns(ranks)):
         # The fused product is for rank-major factors, as RankedPair's: gathering PEFT's B would cost it registers it does not have.
         tile = choose("gemm_expand", x2d, [weights[i]]) if ranks[i] and Bs[i].stride(0) == 1 else None
-        options = {"scaling": scalings[i], "rank_scale": _dense(rank_scales[i])}
+        options = {"scaling": scalings[i], "rank_scale": dense(rank_scales[i])}
         if tile is not None:
-            ys.append(lora_gemm_expand(x2d, weights[i], _dense(biases[i]), s[:, columns], Bs[i], tile, **options))
+            ys.append(lora_gemm_expand(x2d, weights[i], dense(biases[i]), s[:, columns], Bs[i], tile, **options))
             continue
         ys.append(F.linear(x2d, weights[i], biases[i]))
         if ranks[i]:
@@ -79,7 +80,7 @@ def lora_group_backward(
     ds = x2d.new_empty((x2d.shape[0], sum(ranks[i] for i in through)))
     parts = dict(zip(through, _columns([ranks[i] for i in through]), strict=True))
     for i in used:
-        dBs[i], dEs[i] = _factor_gradients(
+        dBs[i], dEs[i] = factor_gradients(
             dys[i], S[:, columns[i]], Bs[i], rank_scales[i], scalings[i],
             ds[:, parts[i]] if i in parts else None, need_dB[i], need_dE[i],
         )  # fmt: skip
@@ -105,9 +106,9 @@ def lora_group_backward(
     return dx, dAs, dBs, dEs
 
 
-def _factor_gradients(dy, s, B, rank_scale, scaling, ds, need_dB, need_dE):
+def factor_gradients(dy, s, B, rank_scale, scaling, ds, need_dB, need_dE):
     """(dB, dE), each None where not needed; fills ds, unless it is None."""
-    (N, R), e = B.shape, _dense(rank_scale)
+    (N, R), e = B.shape, dense(rank_scale)
     rank_major = torch.empty((R, N), dtype=torch.float32 if need_dE else B.dtype, device=B.device).t()
     if not need_dE:
         if R and (ds is not None or need_dB):

@@ -1,8 +1,11 @@
 """What every test shares: offline, seeded, one backend at a time, and uninitialised memory that shows."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What `adaptlora tune` measured on this machine must not choose for the tests.
+os.environ["ADAPTLORA_CACHE_DIR"] = tempfile.mkdtemp(prefix="adaptlora-tests-")
 
 import pytest
 import torch
