@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 EXTENSION_SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv test demo demo-short demo-e2e data data-e2e bench bench-quick gpu gpu-check traffic lint clean
+.PHONY: help venv test demo demo-short demo-e2e data data-e2e bench bench-quick gpu gpu-check traffic op-behaviour lint clean
 
 help:
 	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench       every benchmark, ratios printed and written to bench/results/"
 	@echo "make gpu-check   compile every Triton kernel in every shipped configuration for sm_80, sm_90, sm_100; needs no GPU (20 minutes)"
 	@echo "make traffic     bytes and FLOPs that the Triton kernels ask for, counted in the interpreter (15 minutes)"
+	@echo "make op-behaviour  every op under torch.library.opcheck and torch.compile, on the C++ kernels and on Triton's in the interpreter"
 	@echo "make gpu         with a GPU: the Triton tests, the benchmarks, the compile check"
 	@echo "make data        the demo's model and data, once, into .data/"
 	@echo "make venv        the environment alone;  PYTHON=... chooses the interpreter"
@@ -67,6 +68,10 @@ gpu-check: venv
 
 traffic: venv
 	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python bench/kernel_traffic.py
+
+op-behaviour: venv
+	PYTHONPATH=tests $(BIN)/python bench/op_behaviour.py
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python bench/op_behaviour.py --backend triton
 
 gpu: venv
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make gpu: needs a CUDA GPU and a torch that was built for it')"

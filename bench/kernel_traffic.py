@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the smaller shape, without base products; writes nothing")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    console, cases = Console(), measured(arguments.quick)
+    console, cases = Console(width=120), measured(arguments.quick)
     for case in cases:
         for table in tables(case):
             console.print(table)
