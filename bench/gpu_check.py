@@ -108,7 +108,9 @@ def main() -> int:
         for signature, (_, launched, _) in configurations(capability).items()
         if arguments.only in launched.name
     ]
-    console, rows = Console(), []
+    if not jobs:
+        parser.error(f"--only must be part of a kernel's name, got {arguments.only!r}")
+    console, rows = Console(width=120), []
     with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool, Progress(console=console) as progress:
         task = progress.add_task("compiling", total=len(jobs))
         for row in pool.imap_unordered(check, jobs, chunksize=4):

@@ -10,7 +10,10 @@ from .launch import MAX_GROUP, input_precision, launch_on, padded, splits
 from .partials import sum_partials
 
 
-@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_dm", "threshold"])
+@triton.jit(
+    do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_dm", "threshold"],
+    do_not_specialize_on_alignment=["ds_ptr"],
+)
 def _lora_da_kernel(
     x_ptr, ds_ptr, e_ptr, seed_ptrs, da_ptrs, M, K, rank_0, rank_1, rank_2,
     stride_xm, stride_xk, stride_dm, rows, threshold, factor,
@@ -98,6 +101,7 @@ def _da_group(x, ds, outs, dropout_p, threshold, seeds, scaling, rank_scale) -> 
             scaling / (1 - dropout_p if seeds is not None else 1),
             GROUP=len(outs), DROPOUT=seeds is not None, SCALE=rank_scale is not None, PRECISION=input_precision(x.dtype),
             BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=BLOCK_R, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tiles.REGISTERS[kind],
         )  # fmt: skip
     if parts > 1:
         sum_partials(*zip(dAs, outs, strict=True))

@@ -11,7 +11,10 @@ from .lora_shrink import lora_shrink
 from .partials import sum_partials
 
 
-@triton.jit(do_not_specialize=["M", "R", "stride_sm", "stride_dp", "stride_dm"])
+@triton.jit(
+    do_not_specialize=["M", "R", "stride_sm", "stride_dp", "stride_dm"],
+    do_not_specialize_on_alignment=["s_ptr", "ds_ptr"],
+)
 def _lora_ds_db_kernel(
     dy_ptr, b_ptr, s_ptr, e_ptr, ds_ptr, g_ptr, M, N, R,
     stride_ym, stride_yn, stride_bn, stride_br, stride_sm, stride_dp, stride_dm, columns, scaling, scaling_g,
@@ -66,18 +69,18 @@ def lora_ds_db(dy, B, s, rank_scale, scaling: float, ds=None, dB=None, G=None) -
         ds: (M, R), unit column stride.   dB, G: (N, R) with strides (1, N).   Written in their own dtypes; None: not needed.
     B and S are rounded to the dtype of dy.
     """
-    (M, N), R = dy.shape, B.shape[1]
+    (M, N), R, kind = dy.shape, B.shape[1], tiles.kind(dy, B.t())
     out = dB if G is None else G
     scaling_g, scale_g = (scaling, rank_scale) if G is None else (1.0, None)
-    if ds is None or out is None or R > tiles.DS_DB_RANKS:
+    if ds is None or out is None or tiles.DS_DB_RANKS[kind] < R:
         # dS has the form of S, and Gᵀ = Sᵀ dy that of dA.
         if ds is not None:
             lora_shrink(dy, [B.t()], scaling=scaling, rank_scale=rank_scale, out=ds)
         if out is not None:
             lora_da(dy, s, [out.t()], scaling=scaling_g, rank_scale=scale_g)
         return
-    BLOCK_R = tiles.rank_block(R, tiles.DS_DB_RANKS)
-    tile = tiles.DS_DB[tiles.kind(dy, B.t()), BLOCK_R]
+    BLOCK_R = tiles.rank_block(R, 32)
+    tile = tiles.DS_DB[kind, BLOCK_R]
     blocks, steps = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns)
     # A program keeps much of dy in flight, so that half of the multiprocessors saturate the memory. Each part reads S again.
     parts = splits(dy, blocks, steps, M * R * 3 // 2, per_multiprocessor=0.5)
@@ -91,6 +94,7 @@ def lora_ds_db(dy, B, s, rank_scale, scaling: float, ds=None, dB=None, G=None) -
             part_ds.stride(0), part_ds.stride(1), columns, scaling, scaling_g,
             SCALE=rank_scale is not None, SCALE_G=scale_g is not None, PRECISION=input_precision(dy.dtype),
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=BLOCK_R, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tiles.ALL_REGISTERS,
         )  # fmt: skip
     jobs = [(part_ds, ds)] if parts > 1 else []
     if blocks > 1:

@@ -8,7 +8,10 @@ from .dropout import dropout_keep_tile
 from .launch import MAX_GROUP, input_precision, launch_on, padded
 
 
-@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_sm", "threshold"])
+@triton.jit(
+    do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_sm", "threshold"],
+    do_not_specialize_on_alignment=["s_ptr"],
+)
 def _lora_expand_kernel(
     out_ptr, s_ptr, e_ptr, f_ptrs, seed_ptrs, M, N, rank_0, rank_1, rank_2,
     stride_om, stride_on, stride_sm, strides_fr, strides_fn, threshold, scaling, inv_keep,
@@ -61,7 +64,8 @@ def lora_expand_(out, s, factors, dropout_p=0.0, threshold=0, seeds=None, *, sca
         rank_scale: E (R,), contiguous, for a single module.
     """
     M, N = out.shape
-    tile = tiles.EXPAND[tiles.kind(out)]
+    kind = tiles.kind(out)
+    tile = tiles.EXPAND[kind]
     first = 0
     for start in range(0, len(factors), MAX_GROUP):
         group = factors[start : start + MAX_GROUP]
@@ -74,5 +78,6 @@ def lora_expand_(out, s, factors, dropout_p=0.0, threshold=0, seeds=None, *, sca
                 1 / (1 - dropout_p), GROUP=len(group), DROPOUT=seeds is not None, SCALE=rank_scale is not None,
                 PRECISION=input_precision(out.dtype), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
                 BLOCK_R=tiles.rank_block(max(ranks), tiles.EXPAND_RANKS), num_warps=tile.warps, num_stages=tile.stages,
+                maxnreg=tiles.REGISTERS[kind],
             )  # fmt: skip
         first += sum(ranks)

@@ -21,7 +21,7 @@ def _tile_of(pid, blocks_m, blocks_n, TILE_ROWS: tl.constexpr):
     return first + pid % width % height, pid % width // height
 
 
-@triton.jit(do_not_specialize=["M", "R", "stride_sm"])
+@triton.jit(do_not_specialize=["M", "R", "stride_sm"], do_not_specialize_on_alignment=["s_ptr"])
 def _lora_gemm_expand_kernel(
     y_ptr, x_ptr, w_ptr, bias_ptr, s_ptr, e_ptr, b_ptr, M, N, K, R,
     stride_xm, stride_wn, stride_wk, stride_sm, stride_bn, stride_br, scaling,
@@ -62,7 +62,10 @@ def _lora_gemm_expand_kernel(
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_dm", "threshold"])
+@triton.jit(
+    do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_dm", "threshold"],
+    do_not_specialize_on_alignment=["ds_ptr"],
+)
 def _lora_gemm_dx_kernel(
     dx_ptr, dy_ptrs, w_ptrs, ds_ptr, a_ptrs, seed_ptrs, M, K, widths, rank_0, rank_1, rank_2,
     strides_ym, strides_wn, strides_wk, stride_dm, strides_ar, strides_ak, threshold, inv_keep,
@@ -130,7 +133,7 @@ def lora_gemm_expand(x, weight, bias, s, B, tile, *, scaling=1.0, rank_scale=Non
             y, x, weight, bias, s, rank_scale, B, M, N, K, R, x.stride(0), *weight.stride(), s.stride(0), *B.stride(), scaling,
             BIAS=bias is not None, SCALE=rank_scale is not None, PRECISION=input_precision(x.dtype), TILE_ROWS=_TILE_ROWS,
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth, BLOCK_R=tiles.rank_block(R, tiles.GEMM_EXPAND_RANKS),
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tiles.ALL_REGISTERS,
         )  # fmt: skip
     return y
 
@@ -156,6 +159,7 @@ def lora_gemm_dx(dys, weights, ds, As, tile, dropout_p=0.0, threshold=0, seeds=N
             tuple(A.stride(0) for A in As), tuple(A.stride(1) for A in As), threshold, 1 / (1 - dropout_p),
             GROUP=len(As), DROPOUT=seeds is not None, PRECISION=input_precision(dx.dtype), TILE_ROWS=_TILE_ROWS,
             BLOCK_M=tile.rows, BLOCK_N=tile.depth, BLOCK_K=tile.columns,
-            BLOCK_R=tiles.rank_block(max(ranks), tiles.GEMM_DX_RANKS[len(As) - 1]), num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_R=tiles.rank_block(max(ranks), tiles.GEMM_DX_RANKS[len(As) - 1]),
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tiles.ALL_REGISTERS,
         )  # fmt: skip
     return dx

@@ -1,4 +1,6 @@
-"""LoRA layers that share their input, on a GPU: x is read once for all S and once for all dA, and dx is summed in one accumulator.
+"""LoRA layers that share their input, on a GPU: up to three, whose ranks fit one block, read x once for all S and once for all dA.
+
+The fused product sums their dx in one accumulator; torch's adds one product after the other to dx.
 
 Numbers: tiles enter the matrix units in the dtype of x, as under autocast (fp32 as TF32 only if torch allows it); sums and S are
 fp32, dS has the dtype of x.   Deterministic: yes (no atomics, sums in a fixed order).   Saved tensors are never written.
@@ -109,15 +111,16 @@ def lora_group_backward(
 def factor_gradients(dy, s, B, rank_scale, scaling, ds, need_dB, need_dE):
     """(dB, dE), each None where not needed; fills ds, unless it is None."""
     (N, R), e = B.shape, dense(rank_scale)
-    rank_major = torch.empty((R, N), dtype=torch.float32 if need_dE else B.dtype, device=B.device).t()
-    if not need_dE:
-        if R and (ds is not None or need_dB):
-            lora_ds_db(dy, B, s, e, scaling, ds, dB=rank_major if need_dB else None)
-        return rank_major if need_dB else None, None
-    if R:
-        lora_ds_db(dy, B, s, e, scaling, ds, G=rank_major)
-    dB = (rank_major * (rank_scale.float() * scaling)).to(B.dtype) if need_dB else None
-    return dB, ((rank_major * B).sum(0) * scaling).to(rank_scale.dtype)
+    if need_dE:
+        G = torch.empty((R, N), dtype=torch.float32, device=B.device).t()
+        if R:
+            lora_ds_db(dy, B, s, e, scaling, ds, G=G)
+        dB = (G * (rank_scale.float() * scaling)).to(B.dtype) if need_dB else None
+        return dB, ((G * B).sum(0) * scaling).to(rank_scale.dtype)
+    dB = torch.empty((R, N), dtype=B.dtype, device=B.device).t() if need_dB else None
+    if R and (ds is not None or need_dB):
+        lora_ds_db(dy, B, s, e, scaling, ds, dB=dB)
+    return dB, None
 
 
 def _dx(dys, weights, ds, As, dropout_p, threshold, seeds):

@@ -10,7 +10,10 @@ from .launch import MAX_GROUP, input_precision, launch_on, padded, splits
 from .partials import sum_partials
 
 
-@triton.jit(do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_sp", "stride_sm", "threshold"])
+@triton.jit(
+    do_not_specialize=["M", "rank_0", "rank_1", "rank_2", "stride_sp", "stride_sm", "threshold"],
+    do_not_specialize_on_alignment=["s_ptr"],
+)
 def _lora_shrink_kernel(
     x_ptr, a_ptrs, e_ptr, seed_ptrs, s_ptr, M, K, rank_0, rank_1, rank_2,
     stride_xm, stride_xk, strides_ar, strides_ak, stride_sp, stride_sm, columns, threshold, factor,
@@ -103,6 +106,7 @@ def _shrink_group(x, As, ranks, dropout_p, threshold, seeds, scaling, rank_scale
             columns, threshold, scaling / (1 - dropout_p if seeds is not None else 1),
             GROUP=len(As), DROPOUT=seeds is not None, SCALE=rank_scale is not None, PRECISION=input_precision(x.dtype),
             BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=BLOCK_R, num_warps=tile.warps, num_stages=tile.stages,
+            maxnreg=tiles.REGISTERS[kind],
         )  # fmt: skip
     if parts > 1:
         sum_partials((s, out))

@@ -36,6 +36,11 @@ def kind(streamed: torch.Tensor, factor: torch.Tensor | None = None) -> str:
     return "half" if is_aligned(streamed) and (factor is None or factor.stride(1) == 1) else "ragged"
 
 
+# Left alone, ptxas spills a few registers where that lets one more program run; 255 lets it take what it needs.
+ALL_REGISTERS = 255
+REGISTERS = {"half": None, "ragged": ALL_REGISTERS, "single": ALL_REGISTERS}
+
+
 def rank_block(R: int, limit: int) -> int:
     """Ranks that a program holds at once: R padded to 16, 32, 64 or 128 in registers; larger ranks take several blocks."""
     return next((block for block in (16, 32, 64) if R <= block <= limit), limit)
@@ -55,7 +60,7 @@ SHRINK = {
     ("ragged", 32): Tile(64, 64, 8, 2),
     ("ragged", 64): Tile(64, 32, 8, 2),
     ("single", 16): Tile(64, 32, 8, 2),
-    ("single", 32): Tile(64, 32, 8, 3),
+    ("single", 32): Tile(64, 32, 8, 2),
 }
 DA = {
     ("half", 16): Tile(32, 256, 8, 3),
@@ -71,12 +76,11 @@ DA = {
 
 # One pass over dy writes and reads a partial G for every block of rows: 8 R / rows bytes next to the 2 of a bf16 element. From
 # this rank on that is no less than a second pass, and two sets of ranks no longer fit beside each other in registers.
-DS_DB_RANKS = 32
+DS_DB_RANKS = {"half": 32, "ragged": 8, "single": 32}
 DS_DB = {  # rows of dy × columns of dy
     ("half", 16): Tile(256, 64, 8, 3),
     ("half", 32): Tile(256, 32, 8, 3),  # shared memory enough for sm_86 and sm_89 too
     ("ragged", 16): Tile(64, 32, 4, 2),
-    ("ragged", 32): Tile(64, 32, 4, 2),
     ("single", 16): Tile(64, 32, 4, 2),
     ("single", 32): Tile(64, 32, 4, 2),
 }
@@ -84,7 +88,7 @@ DS_DB = {  # rows of dy × columns of dy
 EXPAND_RANKS = 32
 EXPAND = {  # rows × columns of the output
     "half": Tile(64, 128, 8, 2),
-    "ragged": Tile(64, 64, 8, 2),
+    "ragged": Tile(32, 64, 4, 2),
     "single": Tile(32, 64, 4, 2),
 }
 

@@ -25,12 +25,17 @@ from adaptlora.kernels import (
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-M, K, N = 256, 128, 192
+M = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of every launcher of the layer. `layout` is that of x and dy; `peft`: B lies as PEFT's, (N, R) contiguous."""
+    """
+    One call of every launcher of the layer.
+
+    layout: of x and dy, as in `laid_out`; "odd" is contiguous with sizes of which 16 is no divisor; "expanded" is a dy of one
+        number, as `y.sum().backward()` makes it.   peft: B lies as PEFT's, (N, R) contiguous.   scale: with E, and with dE.
+    """
 
     dtype: torch.dtype
     R: int
@@ -41,11 +46,14 @@ class Case:
     tf32: bool = False
     scale: bool = False
     peft: bool = False
+    bias: bool = True
 
     def __str__(self) -> str:
         names = [str(self.dtype).removeprefix("torch."), f"R{self.R}", f"{self.modules} modules"]
         flags = ("dropout", "tf32", "scale", "peft")
-        return " ".join([*names, self.layout, *(flag for flag in flags if getattr(self, flag))])
+        factors = f"{self.factors} factors".removeprefix("torch.")
+        bias = [] if self.bias else ["no bias"]
+        return " ".join([*names, self.layout, factors, *(flag for flag in flags if getattr(self, flag)), *bias])
 
     @property
     def matrix(self) -> bool:
@@ -57,24 +65,34 @@ class Case:
 
 
 def cases() -> list[Case]:
-    ranks, modules, both = (16, 32, 64, 128), (1, 2, 3), (False, True)
-    crossed = [
-        *(Case(d, R, modules=g, dropout=p) for d, R, g, p in itertools.product((BF16, FP16), ranks, modules, both)),
+    """Tiles, dtypes, rank blocks and groups crossed; layouts, factor dtypes, scales and sizes beside them."""
+    ranks, modules, both, product = (16, 32, 64, 128), (1, 2, 3), (False, True), itertools.product
+    single = ((FP32, False), (FP32, True))
+    return [
+        *(Case(BF16, R, modules=g, dropout=p) for R, g, p in product(ranks, modules, both)),
+        *(Case(FP16, R, modules=g) for R, g in product((16, 128), (1, 3))),
+        *(Case(d, R, modules=g, dropout=p, tf32=t) for (d, t), R, g, p in product(single, (16, 32), modules, both)),
+        *(Case(BF16, R, bias=False, scale=s, dropout=False) for R, s in product((16, 32), both)),
+        *(Case(BF16, R, factors=BF16, modules=g, scale=s) for R, g, s in product((16, 32, 128), modules, both)),
+        *(Case(FP16, R, factors=FP16, scale=s) for R, s in product((8, 33), both)),
         *(
-            Case(FP32, R, modules=g, dropout=p, tf32=t)
-            for R, g, p, t in itertools.product((16, 32), modules, both, both)
+            Case(d, R, modules=g, layout=layout, tf32=d == FP32 and layout == "padded", dropout=p)
+            for d, R, g, layout, p in product(
+                (BF16, FP32), (8, 32, 128), (1, 3), ("padded", "transposed", "strided"), both
+            )
+            if p or layout == "padded"
+        ),
+        Case(FP16, 8, layout="padded"),
+        *(Case(d, 8, layout="expanded") for d in (BF16, FP32)),
+        *(
+            Case(d, R, modules=g, layout="odd", tf32=t, dropout=p)
+            for (d, t), R, g, p in product(((BF16, False), *single), (8, 32), modules, both)
+        ),
+        *(
+            Case(d, R, factors=f, modules=g, peft=True, scale=g == 1)
+            for (d, f), R, g in product(((BF16, FP32), (BF16, BF16), (FP32, FP32)), (8, 16, 33, 128), (1, 3))
         ),
     ]
-    layouts = [
-        Case(d, R, modules=g, layout=layout, tf32=d == FP32 and layout == "padded")
-        for d, R, g, layout in itertools.product((BF16, FP32), ranks, (1, 3), ("padded", "transposed", "strided"))
-    ]
-    factors = [
-        Case(d, R, factors=f, scale=s, peft=p)
-        for d, f in ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32))
-        for R, (s, p) in itertools.product((8, 33, 128), ((True, False), (False, True)))
-    ]
-    return crossed + layouts + factors
 
 
 @contextlib.contextmanager
@@ -93,12 +111,20 @@ NEVER_SPLIT, ALWAYS_SPLIT = 0.0, 1e6
 
 def layer_launches(case: Case, capability: int, shares=(NEVER_SPLIT, ALWAYS_SPLIT)) -> list[Launch]:
     """What the launchers launch for `case`, reductions split as `shares` says; fused products with every tile of the capability."""
-    group = range(case.modules)
-    x, dy = (laid_out(torch.zeros(M, width, dtype=case.dtype), case.layout) for width in (K, N))
+    group, (K, N) = range(case.modules), (100, 77) if case.layout == "odd" else (128, 192)
+    layout = case.layout if case.layout in ("padded", "transposed", "strided") else "contiguous"
+    x, dy = (laid_out(torch.zeros(M, width, dtype=case.dtype), layout) for width in (K, N))
+    if case.layout == "expanded":
+        dy = torch.zeros((), dtype=case.dtype).expand(M, N)
     As = [torch.zeros(case.R, K, dtype=case.factors) for _ in group]
     # A rank-major B is the first rows of a larger store, as RankedPair's: its strides are (1, N) at rank 1 too.
-    Bs = [torch.zeros(N, case.R, dtype=case.factors) if case.peft else _rank_major(case) for _ in group]
-    e = torch.ones(case.R) if case.scale else None
+    Bs = [
+        torch.zeros(N, case.R, dtype=case.factors)
+        if case.peft
+        else torch.zeros(case.R + 1, N, dtype=case.factors)[:-1].t()
+        for _ in group
+    ]
+    e = torch.ones(case.R, dtype=case.factors) if case.scale else None
     masks = (0.1, 1 << 20, [torch.tensor(1) for _ in group]) if case.dropout else (0.0, 0, None)
     s, ds = torch.zeros(M, case.R * case.modules), torch.zeros(M, case.R * case.modules, dtype=case.dtype)
     with recorded_launches() as launches:
@@ -108,21 +134,21 @@ def layer_launches(case: Case, capability: int, shares=(NEVER_SPLIT, ALWAYS_SPLI
                 lora_da.lora_da(x, ds, [torch.empty(A.shape, dtype=A.dtype) for A in As], *masks)
                 dB = torch.empty(case.R, N, dtype=case.factors).t()
                 lora_ds_db.lora_ds_db(dy, Bs[0], s[:, : case.R], e, 2.0, ds[:, : case.R], dB)
+                if case.scale:
+                    G = torch.empty(case.R, N).t()
+                    lora_ds_db.lora_ds_db(dy, Bs[0], s[:, : case.R], e, 2.0, ds[:, : case.R], G=G)
         with _settings(case, NEVER_SPLIT):
-            lora_expand.lora_expand_(dy, s[:, : case.R], [Bs[0].t()], scaling=2.0, rank_scale=e)
+            y = laid_out(torch.zeros(M, N, dtype=case.dtype), layout)
+            lora_expand.lora_expand_(y, s[:, : case.R], [Bs[0].t()], scaling=2.0, rank_scale=e)
             lora_expand.lora_expand_(x, ds, As, *masks)
             if case.dtype != FP32 and case.aligned:
                 _gemms(case, capability, x, dy, As, Bs, s, ds, e, masks)
     return launches
 
 
-def _rank_major(case: Case) -> torch.Tensor:
-    return torch.zeros(case.R + 1, N, dtype=case.factors)[: case.R].t()
-
-
 def _gemms(case, capability, x, dy, As, Bs, s, ds, e, masks) -> None:
     dx_table = tiles.GEMM_DX if case.modules == 1 else tiles.GEMM_DX_GROUP
-    bias = torch.zeros(N, dtype=case.dtype)
+    (N, K), bias = (dy.shape[1], x.shape[1]), torch.zeros(dy.shape[1], dtype=case.dtype) if case.bias else None
     for transposed in (False, True):  # nn.Linear's weight and Conv1D's
         weight = laid_out(torch.zeros(N, K, dtype=case.dtype), "transposed" if transposed else "contiguous")
         for tile in () if case.peft else tiles.gemm_tiles(tiles.GEMM_EXPAND, capability):

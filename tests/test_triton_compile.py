@@ -26,10 +26,10 @@ from gpu_configurations import (
     other_launches,
 )
 from triton.runtime.jit import JITFunction
-from triton_targets import SHARED, Compiled, compile_launch, faults
+from triton_targets import SHARED, Compiled, compile_launch, faults, recorded_launches
 
 import adaptlora.kernels
-from adaptlora.kernels import launch, tiles
+from adaptlora.kernels import launch, lora_group, tiles
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 
@@ -147,6 +147,25 @@ def test_a_new_rank_compiles_nothing_new(modules):
         return [launched.signature() for launched in layer_launches(Case(BF16, rank, modules=modules), 80)]
 
     assert compiled_in(1) == compiled_in(3) == compiled_in(5) == compiled_in(8) == compiled_in(16)
+
+
+@pytest.mark.parametrize("gemm", ["fused", "torch"])
+def test_a_rank_that_changes_in_a_group_compiles_nothing_new(gemm, monkeypatch):
+    """The columns of S and dS then begin elsewhere, on another alignment."""
+    monkeypatch.setenv("ADAPTLORA_GEMM", gemm)
+    M, K, N = 64, 128, 192
+    x, dy, W = (torch.zeros(shape, dtype=BF16) for shape in ((M, K), (M, N), (N, K)))
+
+    def compiled_in(*ranks):
+        As, Bs = [torch.zeros(r, K) for r in ranks], [torch.zeros(r + 1, N)[:-1].t() for r in ranks]
+        options = ([None] * 3, [1.0] * 3, 0.1, 1 << 20, [torch.tensor(i) for i in range(3)])
+        with recorded_launches() as launches:
+            _, s = lora_group.lora_group(x, [W] * 3, [None] * 3, As, Bs, *options)
+            need = (True, [True] * 3, [True] * 3, [False] * 3)
+            lora_group.lora_group_backward([dy] * 3, x, [W] * 3, s, As, Bs, *options, *need)
+        return {launched.signature() for launched in launches}
+
+    assert compiled_in(8, 8, 8) == compiled_in(7, 8, 5) == compiled_in(2, 1, 3)
 
 
 def test_importing_the_package_does_not_import_triton():

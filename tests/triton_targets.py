@@ -124,6 +124,7 @@ class Compiled:
 @contextlib.contextmanager
 def recorded_launches():
     """Within, kernels are recorded in the yielded list and not run: what they would write stays undefined."""
+    assert not triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 leaves nothing to record"
     launches, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup, **kwargs):
