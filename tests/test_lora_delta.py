@@ -397,6 +397,20 @@ def test_opcheck(backend, case):
     torch.library.opcheck(torch.ops.adaptlora.lora_delta.default, op_arguments(case, leaves(case)))
 
 
+def test_the_op_itself_refuses_gradients(backend):
+    """It mutates outside of any graph: `lora_delta_` is what differentiates."""
+    arguments = op_arguments(DeltaCase(), leaves(DeltaCase()))
+    before = arguments[0].clone()
+    with pytest.raises(
+        RuntimeError, match="adaptlora::lora_delta_: not differentiable: call adaptlora.ops.lora_delta_"
+    ):
+        torch.ops.adaptlora.lora_delta_(*arguments)
+    assert torch.equal(arguments[0], before)
+    with torch.no_grad():
+        torch.ops.adaptlora.lora_delta_(*arguments)
+    assert not torch.equal(arguments[0], before)
+
+
 @pytest.mark.parametrize("need", [[True] * 4, [False, True, False, False], [True, False, False, False]], ids=str)
 @pytest.mark.parametrize("case", OPCHECKED[:1] + OPCHECKED[2:], ids=str)
 def test_opcheck_backward(backend, case, need):

@@ -1,6 +1,8 @@
 """lora_group against its definition in float64, for every y and gradient, on every backend; and LoraGroup against its members."""
 
+import copy
 import dataclasses
+import pickle
 import types
 from itertools import product
 
@@ -320,8 +322,8 @@ def test_inputs_are_not_written(backend):
     samples = samples_of(group(*QKV))
     before = [{name: None if t is None else t.clone() for name, t in sample.items()} for sample in samples]
     results(lora_group, samples, **dropout(0.3, samples))
-    for sample, copy in zip(samples, before, strict=True):
-        assert_same(*({name: t for name, t in s.items() if t is not None} for s in (sample, copy)))
+    for sample, kept in zip(samples, before, strict=True):
+        assert_same(*({name: t for name, t in s.items() if t is not None} for s in (sample, kept)))
 
 
 def extra_bytes(samples: list[dict], **options) -> int:
@@ -645,6 +647,21 @@ def test_layer_group_equals_its_layers(backend, p, train):
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
+def test_layer_group_copies_and_loads(clone):
+    group, x = LoraGroup([LoraLinear(nn.Linear(6, N), r) for N, r in ((5, 3), (4, 0), (7, 2))]), torch.randn(3, 6)
+    for layer in group.layers:
+        nn.init.normal_(layer.lora_B)
+    copied, other = clone(group), LoraGroup([LoraLinear(nn.Linear(6, N), 1) for N in (5, 4, 7)])
+    other.load_state_dict(group.state_dict())
+    for module in (copied, other):
+        assert all(torch.equal(a, b) for a, b in zip(module(x), group(x), strict=True))
+        assert [layer.rank for layer in module.layers] == [3, 0, 2]
+        assert not {id(p) for p in module.parameters()} & {id(p) for p in group.parameters()}
 
 
 def test_layer_group_holds_the_layers_themselves():

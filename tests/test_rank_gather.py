@@ -152,6 +152,8 @@ BAD = [
     ([ONE], [torch.zeros(1, 1, dtype=torch.int64)], TypeError, r"rows\[0\] must be a list.*got torch.int64 of shape \(1, 1\)"),
     ([ONE], [torch.zeros(1)], TypeError, r"rows\[0\] must be a list.*got torch.float32 of shape \(1,\)"),
     ([ONE], [[0.5]], TypeError, r"rows\[0\] must be a list, a range or .* of integers, got torch.float32 of shape"),
+    ([ONE], [None], TypeError, r"rows\[0\] must be a list, a range or .* of integers, got None"),
+    ([ONE], ["ab"], TypeError, r"rows\[0\] must be a list, a range or .* of integers, got 'ab'"),
     ([ONE, ONE], [[0, 1], [1, 3]], ValueError, r"rows\[1\] must hold indices from -1 to 2 \(sources\[1\].*\), got 3"),
     ([ONE], [[-2]], ValueError, r"rows\[0\] must hold indices from -1 to 2 .*, got -2"),
     ([ONE, ONE[:0]], [[], [0]], ValueError, r"rows\[1\] must hold indices from -1 to -1 .*, got 0"),

@@ -1,4 +1,4 @@
-"""Fused ops for libraries: public functions here, and `torch.ops.adaptlora.*`."""
+"""Fused ops for libraries: public functions here, which check their arguments, and `torch.ops.adaptlora.*`, which trust the caller."""
 
 from .lora_delta import lora_delta_, lora_delta_ref
 from .lora_group import lora_group, lora_group_ref

@@ -97,6 +97,18 @@ def _lora_delta_(y, x, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
         return s
 
 
+def _refuse_gradients(y, x, lora_A, lora_B, rank_scale, *others):
+    """The op writes y outside of any graph: asked for gradients it must not return as if it had made them."""
+    needed = any(t is not None and t.requires_grad for t in (y, x, lora_A, lora_B, rank_scale))
+    if needed and torch.is_grad_enabled():
+        raise RuntimeError("adaptlora::lora_delta_: not differentiable: call adaptlora.ops.lora_delta_, which is")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.adaptlora.lora_delta_(y, x, lora_A, lora_B, rank_scale, *others)
+
+
+library.impl("lora_delta_", _refuse_gradients, "Autograd")
+
+
 @register(
     "lora_delta(Tensor y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor? rank_scale, Tensor? seed, "
     "float scaling, float dropout_p) -> (Tensor, Tensor)"

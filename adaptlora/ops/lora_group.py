@@ -30,11 +30,11 @@ def lora_group_ref(
 
 def _present(vectors: list[torch.Tensor], matrices: list[torch.Tensor]) -> list[torch.Tensor | None]:
     """
-    Vectors of as many elements as their matrix has rows; None where the op was given an empty one, which stands for an absent one.
+    Vectors as long as their matrix has rows; None where the op was given an empty one for rows, which stands for an absent one.
 
     A None in the op's list itself would do for the kernels, but torch's autograd gives such a list no gradients at all.
     """
-    return [vector if len(vector) == len(matrix) else None for vector, matrix in zip(vectors, matrices, strict=True)]
+    return [v if v.numel() or not len(matrix) else None for v, matrix in zip(vectors, matrices, strict=True)]
 
 
 def _kernels(x, weights, lora_As):

@@ -50,12 +50,13 @@ def _flat(sources, rows) -> tuple[list, torch.Tensor, list[int]]:
 
 
 def _indices(i: int, chosen) -> torch.Tensor:
-    indices = torch.as_tensor(chosen, device="cpu")
+    rule = f"rank_gather: rows[{i}] must be a list, a range or a 1-d tensor of integers"
+    try:
+        indices = torch.as_tensor(chosen, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{rule}, got {chosen!r}") from error
     if indices.dim() != 1 or (indices.numel() and indices.dtype not in (torch.int32, torch.int64)):
-        raise TypeError(
-            f"rank_gather: rows[{i}] must be a list, a range or a 1-d tensor of integers, "
-            f"got {indices.dtype} of shape {tuple(indices.shape)}"
-        )
+        raise TypeError(f"{rule}, got {indices.dtype} of shape {tuple(indices.shape)}")
     return indices.to(torch.int64)
 
 
@@ -74,9 +75,8 @@ def _check_range(sources, rows, counts) -> None:
 def _rank_gather(sources, rows, counts):
     """`rows`: the row lists end to end, int64 on the CPU; `counts`: their lengths."""
     _check_range(sources, rows, counts)
-    # Bytes are copied, so that float64 and integers go along where one source has kernels.
-    chooser = next((source for source in sources if source.dtype in _backend.KERNEL_DTYPES), sources[0])
-    kernels = _backend.kernels(chooser, "rank_gather") if rows.numel() else None
+    # Bytes are copied, whatever they stand for: the device alone decides.
+    kernels = _backend.kernels(sources[0].new_empty(0, dtype=torch.float32), "rank_gather") if rows.numel() else None
     return (kernels.rank_gather if kernels else flat_gather_ref)(sources, rows, counts)
 
 
