@@ -23,7 +23,7 @@ def _lora_ds_db_kernel(
 ):  # fmt: skip
     """
     dS[j, m, r] = scaling · e[r] · Σ_{n in columns j} dy[m, n] B[n, r]                     (without SCALE: e = 1)
-    G[i, r, n] = scaling_g · e[r] · Σ_{m in rows i} dy[m, n] S[m, r]                     (without SCALE_G: e = 1)
+    G[i, r, n] = Σ_{m in rows i} dy[m, n] · scaling_g · e[r] S[m, r]                     (without SCALE_G: e = 1)
 
     Program (i, j) owns BLOCK_M rows and `columns` columns (whole blocks) of dy and reads them once. Its rows of S and dS stay
     in registers; it writes part i of its columns of G tile by tile. R ≤ BLOCK_R.
@@ -34,10 +34,11 @@ def _lora_ds_db_kernel(
     mask_m, mask_r = offs_m < M, offs_r < R
     mask_mr = mask_m[:, None] & mask_r[None, :]
     dtype = dy_ptr.dtype.element_ty
-    e = tl.full((BLOCK_R,), 1.0, tl.float32)
-    if SCALE or SCALE_G:
-        e = tl.load(e_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)
-    s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask_mr, other=0.0).to(dtype)
+    s = tl.load(s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :], mask=mask_mr, other=0.0)
+    s *= tl.cast(scaling_g, tl.float32)
+    if SCALE_G:
+        s *= tl.load(e_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    s = s.to(dtype)
     ds = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     dy_rows = dy_ptr + offs_m[:, None] * stride_ym
     g_rows = g_ptr + (pid_m.to(tl.int64) * R + offs_r[:, None]) * N
@@ -49,13 +50,11 @@ def _lora_ds_db_kernel(
         b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
         b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
         ds = tl.dot(dy, b.to(dtype), ds, input_precision=PRECISION)
-        g = tl.dot(tl.trans(s), dy, input_precision=PRECISION) * tl.cast(scaling_g, tl.float32)
-        if SCALE_G:
-            g *= e[:, None]
+        g = tl.dot(tl.trans(s), dy, input_precision=PRECISION)
         tl.store(g_rows + offs_n[None, :], g.to(g_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_n[None, :])
     ds *= tl.cast(scaling, tl.float32)
     if SCALE:
-        ds *= e[None, :]
+        ds *= tl.load(e_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
     ds_ptrs = ds_ptr + pid_n.to(tl.int64) * stride_dp + offs_m[:, None] * stride_dm + offs_r[None, :]
     tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask_mr)
 
@@ -67,7 +66,7 @@ def lora_ds_db(dy, B, s, rank_scale, scaling: float, ds=None, dB=None, G=None) -
     Args:
         dy: (M, N), B: (N, R), any strides.   s: (M, R) fp32, unit column stride.   rank_scale: E (R,) contiguous, or None.
         ds: (M, R), unit column stride.   dB, G: (N, R) with strides (1, N).   Written in their own dtypes; None: not needed.
-    B and S are rounded to the dtype of dy.
+    B and scaling · S ∘ E, or S, are rounded to the dtype of dy.
     """
     (M, N), R, kind = dy.shape, B.shape[1], tiles.kind(dy, B.t())
     out = dB if G is None else G

@@ -77,7 +77,7 @@ def lora_expand_(out, s, factors, dropout_p=0.0, threshold=0, seeds=None, *, sca
                 tuple(f.stride(0) for f in group), tuple(f.stride(1) for f in group), threshold, scaling,
                 1 / (1 - dropout_p), GROUP=len(group), DROPOUT=seeds is not None, SCALE=rank_scale is not None,
                 PRECISION=input_precision(out.dtype), BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-                BLOCK_R=tiles.rank_block(max(ranks), tiles.EXPAND_RANKS), num_warps=tile.warps, num_stages=tile.stages,
+                BLOCK_R=tiles.rank_block(max(ranks), tiles.EXPAND_RANKS[kind]), num_warps=tile.warps, num_stages=tile.stages,
                 maxnreg=tiles.REGISTERS[kind],
             )  # fmt: skip
         first += sum(ranks)

@@ -76,20 +76,19 @@ DA = {
 
 # One pass over dy writes and reads a partial G for every block of rows: 8 R / rows bytes next to the 2 of a bf16 element. From
 # this rank on that is no less than a second pass, and two sets of ranks no longer fit beside each other in registers.
-DS_DB_RANKS = {"half": 32, "ragged": 8, "single": 32}
+DS_DB_RANKS = {"half": 32, "ragged": 8, "single": 16}
 DS_DB = {  # rows of dy × columns of dy
-    ("half", 16): Tile(256, 64, 8, 3),
-    ("half", 32): Tile(256, 32, 8, 3),  # shared memory enough for sm_86 and sm_89 too
+    ("half", 16): Tile(256, 32, 8, 3),
+    ("half", 32): Tile(256, 32, 8, 3),
     ("ragged", 16): Tile(64, 32, 4, 2),
-    ("single", 16): Tile(64, 32, 4, 2),
-    ("single", 32): Tile(64, 32, 4, 2),
+    ("single", 16): Tile(32, 32, 4, 2),
 }
 
-EXPAND_RANKS = 32
+EXPAND_RANKS = {"half": 32, "ragged": 32, "single": 16}
 EXPAND = {  # rows × columns of the output
     "half": Tile(64, 128, 8, 2),
     "ragged": Tile(32, 64, 4, 2),
-    "single": Tile(32, 64, 4, 2),
+    "single": Tile(32, 32, 4, 2),
 }
 
 # The fused products are for 16-bit operands on 16-byte boundaries only; the first tile is the one to take unmeasured.

@@ -115,8 +115,9 @@ def test_every_tile_is_compiled():
         assert ("_lora_da_kernel", tile.rows, tile.columns, R, tile.warps) in seen[80]
     for (_, R), tile in tiles.DS_DB.items():
         assert ("_lora_ds_db_kernel", tile.rows, tile.columns, R, tile.warps) in seen[80]
-    for tile in tiles.EXPAND.values():
-        assert ("_lora_expand_kernel", tile.rows, tile.columns, 32, tile.warps) in seen[80]
+    for kind, tile in tiles.EXPAND.items():
+        R = tiles.EXPAND_RANKS[kind]
+        assert ("_lora_expand_kernel", tile.rows, tile.columns, R, tile.warps) in seen[80]
     for capability, table in tiles.GEMM_EXPAND.items():
         for t in table:
             assert ("_lora_gemm_expand_kernel", t.rows, t.columns, t.depth, 32, t.warps) in seen[capability]
