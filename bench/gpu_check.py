@@ -3,7 +3,8 @@
     make gpu-check, or PYTHONPATH=tests python bench/gpu_check.py [--capability 80] [--only shrink] [--jobs 2]
 
 Fails on a spilled register, on more shared memory than the device has, and on a matrix kernel without matrix instructions or
-asynchronous copies. Prints the sum of it by kernel and target and writes every configuration to bench/results/gpu_check.json.
+asynchronous copies. Prints the sum of it by kernel and target and writes every configuration to bench/results/gpu_check.json, where a
+part of the kernels or targets takes the place of what the file had of them.
 """
 
 import argparse
@@ -95,6 +96,17 @@ def summary(rows: list[dict]) -> Table:
     return table
 
 
+def write(rows: list[dict]) -> None:
+    """Put the rows in the place of those that the file has of the same kernels and targets."""
+    checked = {(row["kernel"], row["target"]) for row in rows}
+    if RESULTS.exists():
+        kept = json.loads(RESULTS.read_text())["configurations"]
+        rows = rows + [row for row in kept if (row["kernel"], row["target"]) not in checked]
+    rows.sort(key=lambda row: (row["kernel"], row["target"], row["case"], row["tile"]))
+    content = {"versions": {"torch": torch.__version__, "triton": triton.__version__}, "configurations": rows}
+    RESULTS.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, choices=list(SHARED), action="append", help="default: all")
@@ -121,11 +133,8 @@ def main() -> int:
     console.print(summary(rows))
     faulty = sum(bool(row["faults"]) for row in rows)
     console.print(f"{len(rows)} configurations, {faulty} with faults")
-    if not arguments.only and not arguments.capability:
-        rows.sort(key=lambda row: (row["kernel"], row["target"], row["case"], row["tile"]))
-        content = {"versions": {"torch": torch.__version__, "triton": triton.__version__}, "configurations": rows}
-        RESULTS.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n")
-        console.print(f"written: {RESULTS}")
+    write(rows)
+    console.print(f"written: {RESULTS}")
     return 1 if faulty else 0
 
 

@@ -56,11 +56,11 @@ SHRINK = {
     ("half", 32): Tile(128, 64, 8, 3),
     ("half", 64): Tile(128, 64, 8, 3),
     ("half", 128): Tile(64, 64, 8, 3),
-    ("ragged", 16): Tile(64, 64, 8, 2),
-    ("ragged", 32): Tile(64, 64, 8, 2),
+    ("ragged", 16): Tile(64, 32, 8, 2),
+    ("ragged", 32): Tile(64, 32, 8, 2),
     ("ragged", 64): Tile(64, 32, 8, 2),
-    ("single", 16): Tile(64, 32, 8, 2),
-    ("single", 32): Tile(64, 32, 8, 2),
+    ("single", 16): Tile(64, 16, 8, 3),
+    ("single", 32): Tile(64, 16, 8, 3),
 }
 DA = {
     ("half", 16): Tile(32, 256, 8, 3),
