@@ -103,8 +103,9 @@ def write(rows: list[dict]) -> None:
         kept = json.loads(RESULTS.read_text())["configurations"]
         rows = rows + [row for row in kept if (row["kernel"], row["target"]) not in checked]
     rows.sort(key=lambda row: (row["kernel"], row["target"], row["case"], row["tile"]))
-    content = {"versions": {"torch": torch.__version__, "triton": triton.__version__}, "configurations": rows}
-    RESULTS.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n")
+    versions = json.dumps({"torch": torch.__version__, "triton": triton.__version__})
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    RESULTS.write_text(f'{{"versions": {versions}, "configurations": [\n{lines}\n]}}\n')
 
 
 def main() -> int:
