@@ -100,12 +100,13 @@ def write(rows: list[dict]) -> None:
     """Put the rows in the place of those that the file has of the same kernels and targets."""
     checked = {(row["kernel"], row["target"]) for row in rows}
     if RESULTS.exists():
-        kept = json.loads(RESULTS.read_text())["configurations"]
+        stored = json.loads(RESULTS.read_text())
+        kept = [dict(zip(stored["columns"], row, strict=True)) for row in stored["rows"]]
         rows = rows + [row for row in kept if (row["kernel"], row["target"]) not in checked]
     rows.sort(key=lambda row: (row["kernel"], row["target"], row["case"], row["tile"]))
     versions = json.dumps({"torch": torch.__version__, "triton": triton.__version__})
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    RESULTS.write_text(f'{{"versions": {versions}, "configurations": [\n{lines}\n]}}\n')
+    lines = ",\n".join(json.dumps(list(row.values()), ensure_ascii=False) for row in rows)
+    RESULTS.write_text(f'{{"versions": {versions}, "columns": {json.dumps(list(rows[0]))}, "rows": [\n{lines}\n]}}\n')
 
 
 def main() -> int:
