@@ -47,7 +47,7 @@ def rank_block(R: int, limit: int) -> int:
 
 
 # Most ranks at once, by kind and number of modules.
-SHRINK_RANKS = {"half": (128, 32, 32), "ragged": (64, 32, 16), "single": (32, 16, 16)}
+SHRINK_RANKS = {"half": (128, 32, 16), "ragged": (64, 32, 16), "single": (32, 16, 16)}
 DA_RANKS = {"half": (128, 32, 16), "ragged": (64, 32, 16), "single": (32, 16, 16)}
 
 # Rows of x × columns of x, by kind and rank block.
