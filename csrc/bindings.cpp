@@ -21,6 +21,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("S"), py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"),
         py::arg("threshold"), py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
         py::arg("need_dE"), no_gil());
+  m.def("lora_group", &adaptlora::lora_group_cpu, py::arg("x"), py::arg("weights"), py::arg("biases"), py::arg("As"),
+        py::arg("Bs"), py::arg("rank_scales"), py::arg("scalings"), py::arg("dropout_p"), py::arg("threshold"),
+        py::arg("seeds"), no_gil());
+  m.def("lora_group_backward", &adaptlora::lora_group_backward_cpu, py::arg("dys"), py::arg("x"), py::arg("weights"),
+        py::arg("S"), py::arg("As"), py::arg("Bs"), py::arg("rank_scales"), py::arg("scalings"), py::arg("dropout_p"),
+        py::arg("threshold"), py::arg("seeds"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
+        py::arg("need_dE"), no_gil());
   m.def("lora_delta_", &adaptlora::lora_delta_cpu, py::arg("y"), py::arg("x"), py::arg("A"), py::arg("B"),
         py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"), py::arg("threshold"), py::arg("seed"),
         no_gil());

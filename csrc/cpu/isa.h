@@ -14,10 +14,11 @@
 
 namespace adaptlora {
 
-// A tile holds kTileRows rows and up to kTileCols columns of x or dy in float32: 33 KB, streamed from L2 while one
-// 4-row strip of it (8 KB) stays in L1. The stride is not a power of two, so that the rows do not share cache sets.
+// A tile holds kTileRows rows and up to kTileCols columns of x or dy in float32: 25 KB, which a first-level cache holds.
+// The columns are whole register blocks on every instruction set; the stride is not a power of two, so that the rows do
+// not share cache sets.
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileCols = 512;
+constexpr int64_t kTileCols = 384;
 constexpr int64_t kTileStride = kTileCols + 16;
 constexpr int64_t kMaxRank = 256;
 // Rows of packed factors are padded with zeros to a multiple of the widest vector.
@@ -45,6 +46,19 @@ struct VectorView {
   Dtype dtype;
 };
 
+// Rows of float32 with unit column stride that the kernels read: a tile, or x and dy themselves where they are that.
+// Columns are there, and zero, up to the next multiple of kPad.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// S or dS: rows of R numbers, `stride` apart.
+struct RankRows {
+  float* data;
+  int64_t stride;
+};
+
 struct Kernels {
   const char* name;
 
@@ -52,24 +66,25 @@ struct Kernels {
   void (*dropout_mask)(const Dropout&, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask);
 
   // tile = mask ∘ x[row : row + rows, col : col + cols] in float32; mask may be nullptr. Zero up to the next multiple
-  // of kPad columns and of 4 rows.
+  // of kPad columns.
   void (*load_tile)(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask,
                     float* tile);
 
-  // S[m, r] += sum_c tile[m, c] F[r, c];  F (R, cols) has zero-padded rows, S (kTileRows, kMaxRank).
-  void (*shrink)(const float* tile, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, float* S);
+  // S[m, r] += sum_c x[m, c] F[r, c];  F (R, cols) has zero-padded rows.
+  void (*shrink)(const Rows& x, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,
+                 const RankRows& S);
 
-  // out[r, c] += sum_m S[m, r] tile[m, c];  out (R, cols) has padded rows.
-  void (*accumulate)(const float* S, const float* tile, int64_t rows, int64_t cols, int64_t R, float* out,
+  // out[r, c] += sum_m S[m, r] x[m, c];  out (R, cols) has padded rows.
+  void (*accumulate)(const RankRows& S, const Rows& x, int64_t rows, int64_t cols, int64_t R, float* out,
                      int64_t stride_out);
 
   // y[m, c] = (add ? y[m, c] : 0) + bias[c] + mask ∘ sum_r S[m, r] F[r, c], rounded once;  bias and mask may be nullptr;
   // F and bias have padded rows; y has unit column stride.
-  void (*expand)(const float* S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,
+  void (*expand)(const RankRows& S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,
                  const float* bias, const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y, bool add);
 
-  // out[i] = sum_j parts[j * stride + i]
-  void (*add_parts)(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float* out);
+  // out[i] = factor * sum_j parts[j * stride + i]
+  void (*add_parts)(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float factor, float* out);
 
   float (*sum_of_squares)(const VectorView&);
 

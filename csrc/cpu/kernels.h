@@ -8,11 +8,17 @@
 namespace adaptlora::ADAPTLORA_ISA_NAMESPACE {
 namespace {
 
-// Register blocks: 4 rows x kRankBlock ranks (shrink), kRankBlock ranks x kColVectors vectors (accumulate), 4 rows x
-// kColVectors vectors (expand): 16 accumulators where there are 32 vector registers, 8 where there are 16.
-constexpr int kRowBlock = 4;
-constexpr int kRankBlock = kLanes == 16 ? 4 : 2;
-constexpr int kColVectors = kLanes == 16 ? 4 : 2;
+// Register blocks, with 16 or 12 accumulators where there are 32 or 16 vector registers:
+//   shrink      kShrinkRows rows x up to kShrinkRanks ranks
+//   accumulate  up to 4 ranks x accumulate_vectors(ranks) vectors
+//   expand      kExpandRows rows x kExpandVectors vectors
+constexpr bool kManyRegisters = kLanes == 16;
+constexpr int kShrinkRows = 4;
+constexpr int kShrinkRanks = kManyRegisters ? 4 : 3;
+constexpr int kAccumulateRanks = 4;
+constexpr int accumulate_vectors(int ranks) { return (kManyRegisters ? 16 : 12) / (ranks < 2 ? 2 : ranks); }
+constexpr int kExpandRows = kManyRegisters ? 4 : 2;
+constexpr int kExpandVectors = kManyRegisters ? 4 : 6;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -65,60 +71,71 @@ void load_tile(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int6
     case Dtype::f16: load_tile_as<f16>(x, row, col, rows, cols, mask, tile); break;
   }
   const int64_t padded = round_up(cols, kPad);
+  if (padded == cols) return;
   for (int64_t m = 0; m < rows; ++m) memset(tile + m * kTileStride + cols, 0, (padded - cols) * sizeof(float));
-  for (int64_t m = rows; m < round_up(rows, kRowBlock); ++m) memset(tile + m * kTileStride, 0, padded * sizeof(float));
+}
+
+// Calls body<n>(r) for the ranks [r, r + n): as few blocks of at most kMost (<= 4) as there can be, and as equal.
+template <int kMost, class Body>
+ADAPTLORA_INLINE void for_rank_blocks(int64_t R, const Body& body) {
+  int64_t r = 0;
+  for (int64_t blocks = (R + kMost - 1) / kMost; blocks > 0; --blocks) {
+    const int64_t n = (R - r + blocks - 1) / blocks;
+    switch (n) {
+      case 1: body.template operator()<1>(r); break;
+      case 2: body.template operator()<2>(r); break;
+      case 3: body.template operator()<3>(r); break;
+      default:
+        if constexpr (kMost == 4) body.template operator()<4>(r);
+    }
+    r += n;
+  }
 }
 
 // ---- shrink
 
-template <int kRanks>
-void shrink_ranks(const float* tile, int64_t rows, int64_t cols, const float* F, int64_t stride_f, float* S) {
-  for (int64_t m0 = 0; m0 < rows; m0 += kRowBlock) {
-    const float* x = tile + m0 * kTileStride;
-    vf acc[kRowBlock * kRanks] = {};
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      vf f[kRanks];
+template <int kRows, int kRanks>
+ADAPTLORA_INLINE void shrink_block(const float* x, int64_t stride_x, int64_t cols, const float* F, int64_t stride_f,
+                                   float* S, int64_t stride_s) {
+  vf acc[kRows * kRanks] = {};
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    vf f[kRanks];
+    ADAPTLORA_UNROLL
+    for (int r = 0; r < kRanks; ++r) f[r] = load(F + r * stride_f + c);
+    ADAPTLORA_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      const vf xm = load(x + m * stride_x + c);
       ADAPTLORA_UNROLL
-      for (int r = 0; r < kRanks; ++r) f[r] = load(F + r * stride_f + c);
-      ADAPTLORA_UNROLL
-      for (int m = 0; m < kRowBlock; ++m) {
-        const vf xm = load(x + m * kTileStride + c);
-        ADAPTLORA_UNROLL
-        for (int r = 0; r < kRanks; ++r) acc[m * kRanks + r] += xm * f[r];
-      }
+      for (int r = 0; r < kRanks; ++r) acc[m * kRanks + r] += xm * f[r];
     }
-    float sums[kRowBlock * kRanks];
-    float* s = S + m0 * kMaxRank;
-    for (int m = 0; m < kRowBlock; ++m) memcpy(sums + m * kRanks, s + m * kMaxRank, kRanks * sizeof(float));
-    add_lane_sums(acc, sums);
-    for (int m = 0; m < kRowBlock; ++m) memcpy(s + m * kMaxRank, sums + m * kRanks, kRanks * sizeof(float));
   }
+  float sums[kRows * kRanks];
+  for (int m = 0; m < kRows; ++m) memcpy(sums + m * kRanks, S + m * stride_s, kRanks * sizeof(float));
+  add_lane_sums(acc, sums);
+  for (int m = 0; m < kRows; ++m) memcpy(S + m * stride_s, sums + m * kRanks, kRanks * sizeof(float));
 }
 
-// Calls body<n>(r) for the ranks [r, r + n): whole blocks, then one of the 1 to 3 ranks that remain.
-template <class Body>
-ADAPTLORA_INLINE void for_rank_blocks(int64_t R, const Body& body) {
-  int64_t r = 0;
-  for (; r + kRankBlock <= R; r += kRankBlock) body.template operator()<kRankBlock>(r);
-  switch (R - r) {
-    case 1: body.template operator()<1>(r); break;
-    case 2: body.template operator()<2>(r); break;
-    case 3: body.template operator()<3>(r); break;
-  }
-}
-
-void shrink(const float* tile, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, float* S) {
+void shrink(const Rows& x, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const RankRows& S) {
   const int64_t padded = round_up(cols, kLanes);
-  for_rank_blocks(R, [&]<int kRanks>(int64_t r) {
-    shrink_ranks<kRanks>(tile, rows, padded, F + r * stride_f, stride_f, S + r);
+  for_rank_blocks<kShrinkRanks>(R, [&]<int kRanks>(int64_t r) {
+    const float* f = F + r * stride_f;
+    int64_t m = 0;
+    for (; m + kShrinkRows <= rows; m += kShrinkRows) {
+      shrink_block<kShrinkRows, kRanks>(x.data + m * x.stride, x.stride, padded, f, stride_f, S.data + m * S.stride + r,
+                                        S.stride);
+    }
+    for (; m < rows; ++m) {
+      shrink_block<1, kRanks>(x.data + m * x.stride, x.stride, padded, f, stride_f, S.data + m * S.stride + r,
+                              S.stride);
+    }
   });
 }
 
 // ---- accumulate
 
 template <int kRanks, int kVectors>
-ADAPTLORA_INLINE void accumulate_block(const float* S, const float* tile, int64_t rows, float* out,
-                                       int64_t stride_out) {
+ADAPTLORA_INLINE void accumulate_block(const float* S, int64_t stride_s, const float* x, int64_t stride_x, int64_t rows,
+                                       float* out, int64_t stride_out) {
   vf acc[kRanks][kVectors];
   ADAPTLORA_UNROLL
   for (int r = 0; r < kRanks; ++r) {
@@ -126,14 +143,14 @@ ADAPTLORA_INLINE void accumulate_block(const float* S, const float* tile, int64_
     for (int v = 0; v < kVectors; ++v) acc[r][v] = load(out + r * stride_out + v * kLanes);
   }
   for (int64_t m = 0; m < rows; ++m) {
-    vf x[kVectors];
+    vf xm[kVectors];
     ADAPTLORA_UNROLL
-    for (int v = 0; v < kVectors; ++v) x[v] = load(tile + m * kTileStride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) xm[v] = load(x + m * stride_x + v * kLanes);
     ADAPTLORA_UNROLL
     for (int r = 0; r < kRanks; ++r) {
-      const float s = S[m * kMaxRank + r];
+      const float s = S[m * stride_s + r];
       ADAPTLORA_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += s * x[v];
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += s * xm[v];
     }
   }
   ADAPTLORA_UNROLL
@@ -143,23 +160,26 @@ ADAPTLORA_INLINE void accumulate_block(const float* S, const float* tile, int64_
   }
 }
 
-void accumulate(const float* S, const float* tile, int64_t rows, int64_t cols, int64_t R, float* out,
+void accumulate(const RankRows& S, const Rows& x, int64_t rows, int64_t cols, int64_t R, float* out,
                 int64_t stride_out) {
-  constexpr int64_t kStep = kColVectors * kLanes;
-  for_rank_blocks(R, [&]<int kRanks>(int64_t r) {
+  for_rank_blocks<kAccumulateRanks>(R, [&]<int kRanks>(int64_t r) {
+    constexpr int kVectors = accumulate_vectors(kRanks);
+    const float* s = S.data + r;
     float* out_r = out + r * stride_out;
     int64_t c = 0;
-    for (; c + kStep <= cols; c += kStep) {
-      accumulate_block<kRanks, kColVectors>(S + r, tile + c, rows, out_r + c, stride_out);
+    for (; c + kVectors * kLanes <= cols; c += kVectors * kLanes) {
+      accumulate_block<kRanks, kVectors>(s, S.stride, x.data + c, x.stride, rows, out_r + c, stride_out);
     }
-    for (; c < cols; c += kLanes) accumulate_block<kRanks, 1>(S + r, tile + c, rows, out_r + c, stride_out);
+    for (; c < cols; c += kLanes) {
+      accumulate_block<kRanks, 1>(s, S.stride, x.data + c, x.stride, rows, out_r + c, stride_out);
+    }
   });
 }
 
 // ---- expand
 
 struct ExpandInput {
-  const float* S;
+  RankRows S;
   const float* F;
   int64_t stride_f, R;
   const float* bias;
@@ -171,7 +191,7 @@ struct ExpandInput {
 template <int kRows, int kVectors, class T>
 ADAPTLORA_INLINE void expand_block(const ExpandInput& in, int64_t m0, int64_t c, T* y, int64_t stride_y, int64_t n) {
   vf acc[kRows][kVectors] = {};
-  const float* S = in.S + m0 * kMaxRank;
+  const float* S = in.S.data + m0 * in.S.stride;
   const float* F = in.F + c;
   for (int64_t r = 0; r < in.R; ++r) {
     vf f[kVectors];
@@ -179,7 +199,7 @@ ADAPTLORA_INLINE void expand_block(const ExpandInput& in, int64_t m0, int64_t c,
     for (int v = 0; v < kVectors; ++v) f[v] = load(F + r * in.stride_f + v * kLanes);
     ADAPTLORA_UNROLL
     for (int m = 0; m < kRows; ++m) {
-      const float s = S[m * kMaxRank + r];
+      const float s = S[m * in.S.stride + r];
       ADAPTLORA_UNROLL
       for (int v = 0; v < kVectors; ++v) acc[m][v] += s * f[v];
     }
@@ -207,19 +227,19 @@ ADAPTLORA_INLINE void expand_block(const ExpandInput& in, int64_t m0, int64_t c,
 template <int kVectors, class T>
 ADAPTLORA_INLINE void expand_strip(const ExpandInput& in, int64_t rows, int64_t c, T* y, int64_t stride_y, int64_t n) {
   int64_t m = 0;
-  for (; m + kRowBlock <= rows; m += kRowBlock) expand_block<kRowBlock, kVectors>(in, m, c, y, stride_y, n);
+  for (; m + kExpandRows <= rows; m += kExpandRows) expand_block<kExpandRows, kVectors>(in, m, c, y, stride_y, n);
   for (; m < rows; ++m) expand_block<1, kVectors>(in, m, c, y, stride_y, n);
 }
 
 template <class T>
 void expand_as(const ExpandInput& in, int64_t rows, int64_t cols, T* y, int64_t stride_y) {
-  constexpr int64_t kStep = kColVectors * kLanes;
+  constexpr int64_t kStep = kExpandVectors * kLanes;
   int64_t c = 0;
-  for (; c + kStep <= cols; c += kStep) expand_strip<kColVectors>(in, rows, c, y, stride_y, kStep);
+  for (; c + kStep <= cols; c += kStep) expand_strip<kExpandVectors>(in, rows, c, y, stride_y, kStep);
   for (; c < cols; c += kLanes) expand_strip<1>(in, rows, c, y, stride_y, cols - c);
 }
 
-void expand(const float* S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const float* bias,
+void expand(const RankRows& S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const float* bias,
             const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y, bool add) {
   const ExpandInput in = {S, F, stride_f, R, bias, mask, add};
   switch (dtype) {
@@ -231,15 +251,15 @@ void expand(const float* S, int64_t rows, int64_t cols, const float* F, int64_t 
 
 // ---- add_parts
 
-void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float* out) {
+void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float factor, float* out) {
   for (int64_t i = 0; i < n; i += kLanes) {
     vf sum = {};
     if (n - i < kLanes) {
       for (int64_t j = 0; j < n_parts; ++j) sum += load_partial(parts + j * stride + i, n - i);
-      store_partial(out + i, sum, n - i);
+      store_partial(out + i, sum * factor, n - i);
     } else {
       for (int64_t j = 0; j < n_parts; ++j) sum += load(parts + j * stride + i);
-      store(out + i, sum);
+      store(out + i, sum * factor);
     }
   }
 }

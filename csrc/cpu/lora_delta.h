@@ -1,27 +1,67 @@
-// The low-rank term as lora_delta_ and lora_linear share it.
+// The low-rank terms of modules that share x: what lora_linear, lora_group and lora_delta_ have in common. A layer alone
+// is a group of one.
 #pragma once
 
 #include <optional>
+#include <ostream>
+#include <vector>
 
 #include "ops.h"
 
 namespace adaptlora {
 
-// A (R, K), B (N, R) and what scales and drops: operands of ops.h, held for the length of one call.
-struct Adapter {
-  const at::Tensor &A, &B;
-  const std::optional<at::Tensor>& rank_scale;
-  double scaling, dropout_p;
-  int64_t threshold;
-  const std::optional<at::Tensor>& seed;
+// Whose operand a message is about: "lora_linear", or "lora_group: module 2".
+struct Where {
+  const char* op;
+  int64_t module = -1;
 };
 
-// y (M, N) = (add ? y : 0) + bias + (S ∘ e) Bᵀ;  y has unit column stride and the dtype and rows of x. Returns S (M, R).
-at::Tensor lora_expand_into(const char* op, const at::Tensor& y, bool add, const std::optional<at::Tensor>& bias,
-                            const at::Tensor& x, const Adapter& adapter);
+inline std::ostream& operator<<(std::ostream& out, const Where& where) {
+  out << where.op;
+  if (where.module >= 0) out << ": module " << where.module;
+  return out;
+}
 
-// As lora_delta_backward_cpu, under the name `op` in messages; dx is contiguous and nobody else's.
-Gradients lora_delta_gradients(const char* op, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& S,
-                               const Adapter& adapter, bool need_dx, bool need_dA, bool need_dB, bool need_dE);
+// A (R, K), B (N, R) and what scales and drops one module.
+struct Adapter {
+  at::Tensor A, B;
+  std::optional<at::Tensor> rank_scale;
+  double scaling;
+  std::optional<at::Tensor> seed;
+};
+
+// Modules that share x and the rate of dropout. `grouped`: messages number the modules.
+struct Group {
+  const char* op;
+  bool grouped;
+  std::vector<Adapter> modules;
+  double dropout_p;
+  int64_t threshold;
+
+  Where where(size_t i) const { return {op, grouped ? static_cast<int64_t>(i) : -1}; }
+};
+
+Group group_of_one(const char* op, const at::Tensor& A, const at::Tensor& B,
+                   const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p, int64_t threshold,
+                   const std::optional<at::Tensor>& seed);
+
+// y_i (M, N_i) = (add ? y_i : 0) + bias_i + (S_i ∘ e_i) B_iᵀ;  each y has unit column stride and the dtype and rows of x,
+// of which every element is read from memory once. Returns S (M, sum R_i).
+at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const OptionalTensors& biases,
+                            const at::Tensor& x, const Group& group);
+
+struct Wanted {
+  bool dA, dB, dE;
+};
+
+// As lora_group_backward_cpu, without Σ dy_i W_i; dx is contiguous and nobody else's, undefined if it is not needed. Each
+// dy and x is read from memory once and dx written once.
+struct DeltaGradients {
+  at::Tensor dx;
+  OptionalTensors dAs, dBs, dEs;
+};
+
+DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor& x, const at::Tensor& S,
+                                    const Group& group, bool need_dx, const std::vector<Wanted>& wanted);
 
 }  // namespace adaptlora

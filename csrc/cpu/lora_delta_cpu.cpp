@@ -1,5 +1,7 @@
-// The low-rank term and its gradients, fused over row tiles of x and dy. Dropout's mask is regenerated from the seed for
+// The low-rank terms and their gradients, fused over row tiles of x and dy. Dropout's mask is regenerated from the seed for
 // each tile and never stored; no pass over y or dx beyond the one that writes it.
+#include "lora_delta.h"
+
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 
@@ -7,8 +9,6 @@
 #include <cstring>
 
 #include "host.h"
-#include "lora_delta.h"
-#include "ops.h"
 
 namespace adaptlora {
 namespace {
@@ -16,60 +16,89 @@ namespace {
 // A matrix in float32 whose rows are contiguous and padded with zeros to a multiple of kPad.
 struct Packed {
   at::Tensor storage;
-  int64_t stride;
-  const float* data() const { return storage.const_data_ptr<float>(); }
+  int64_t stride = 0;
+  const float* data = nullptr;
 };
+
+// Rows 4 KiB apart would compete for the same cache sets.
+bool rows_collide(int64_t stride) { return stride % 1024 == 0; }
 
 int64_t padded_stride(int64_t length) {
   const int64_t padded = round_up(length, kPad);
-  return padded % 1024 == 0 ? padded + kPad : padded;  // rows 4 KiB apart would compete for the same cache sets
+  return rows_collide(padded) ? padded + kPad : padded;
 }
 
 Packed pack(const at::Tensor& rows) {
   const int64_t length = rows.size(1), stride = padded_stride(length);
-  if (rows.scalar_type() == at::kFloat && rows.stride(1) == 1 && length % kPad == 0 && rows.stride(0) % 1024 != 0) {
-    return {rows, rows.stride(0)};
+  if (rows.scalar_type() == at::kFloat && rows.stride(1) == 1 && length % kPad == 0 && !rows_collide(rows.stride(0))) {
+    return {rows, rows.stride(0), rows.const_data_ptr<float>()};
   }
   at::Tensor storage = at::empty({rows.size(0), stride}, at::kFloat);
   if (stride > length) storage.narrow(1, length, stride - length).zero_();
   storage.narrow(1, 0, length).copy_(rows);
-  return {storage, stride};
+  return {storage, stride, storage.const_data_ptr<float>()};
 }
 
-// Buffers of one thread: a tile of x or dy, its dropout mask, and the rows of S and dS that belong to it.
+// Buffers of one thread: a tile of x or dy, its dropout mask, and the rows of S ∘ e or dS that belong to it.
 struct Workspace {
   alignas(64) float tile[kTileRows * kTileStride];
   alignas(64) uint32_t mask[kTileRows * kTileStride];
-  alignas(64) float S[kTileRows * kMaxRank];
-  alignas(64) float dS[kTileRows * kMaxRank];
+  std::vector<float> S;
+
+  explicit Workspace(int64_t total_rank) : S(kTileRows * total_rank) {}
 };
 
-void check_adapter(const char* op, const at::Tensor& x, int64_t N, const Adapter& adapter) {
-  const auto& [A, B, rank_scale, scaling, dropout_p, threshold, seed] = adapter;
-  TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(1) >= 1, op, ": x must have shape (M, K), M, K >= 1, got ",
+// A matrix that is walked in tiles. Without a mask the kernels read float32 as it lies, if it lies well.
+class TileSource {
+ public:
+  explicit TileSource(const at::Tensor& t)
+      : view_(matrix_view(t)),
+        direct_(view_.dtype == Dtype::f32 && view_.col_stride == 1 && t.size(1) % kPad == 0 &&
+                !rows_collide(view_.row_stride)) {}
+
+  Rows tile(int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask, Workspace& ws) const {
+    if (direct_ && mask == nullptr) {
+      return {static_cast<const float*>(view_.data) + row * view_.row_stride + col, view_.row_stride};
+    }
+    kernels().load_tile(view_, row, col, rows, cols, mask, ws.tile);
+    return {ws.tile, kTileStride};
+  }
+
+ private:
+  MatrixView view_;
+  bool direct_;
+};
+
+void check_adapter(const Where& where, const at::Tensor& x, int64_t N, const Adapter& adapter, bool rank_zero) {
+  const auto& [A, B, rank_scale, scaling, seed] = adapter;
+  TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(1) >= 1, where, ": x must have shape (M, K), M, K >= 1, got ",
               x.sizes());
-  const int64_t K = x.size(1);
-  TORCH_CHECK(A.dim() == 2 && A.size(1) == K && A.size(0) >= 1 && A.size(0) <= kMaxRank, op,
-              ": A must have shape (R, K) with 1 <= R <= ", kMaxRank, " and K=", K, ", got ", A.sizes());
+  const int64_t K = x.size(1), least = rank_zero ? 0 : 1;
+  TORCH_CHECK(A.dim() == 2 && A.size(1) == K && A.size(0) >= least && A.size(0) <= kMaxRank, where,
+              ": A must have shape (R, K) with ", least, " <= R <= ", kMaxRank, " and K=", K, ", got ", A.sizes());
   const int64_t R = A.size(0);
-  TORCH_CHECK(B.dim() == 2 && B.size(0) == N && B.size(1) == R, op, ": B must have shape (N, R) = (", N, ", ", R,
+  TORCH_CHECK(B.dim() == 2 && B.size(0) == N && B.size(1) == R, where, ": B must have shape (N, R) = (", N, ", ", R,
               "), got ", B.sizes());
-  for (const auto& [name, t] : {std::pair("x", x), {"A", A}, {"B", B}}) {
-    TORCH_CHECK(is_supported(t), op, ": ", name, " must be a dense float32, bfloat16 or float16 CPU tensor, got ",
-                t.scalar_type(), " on ", t.device());
+  const std::pair<const char*, const at::Tensor*> operands[] = {{"x", &x}, {"A", &A}, {"B", &B}};
+  for (const auto& [name, t] : operands) {
+    TORCH_CHECK(is_supported(*t), where, ": ", name, " must be a dense float32, bfloat16 or float16 CPU tensor, got ",
+                t->scalar_type(), " on ", t->device());
   }
   if (rank_scale.has_value()) {
-    TORCH_CHECK(is_supported(*rank_scale) && rank_scale->dim() == 1 && rank_scale->size(0) == R, op,
+    TORCH_CHECK(is_supported(*rank_scale) && rank_scale->dim() == 1 && rank_scale->size(0) == R, where,
                 ": rank_scale must be float32, bfloat16 or float16 of shape (R,) = (", R, ",) on the CPU, got ",
                 rank_scale->scalar_type(), " ", rank_scale->sizes());
   }
 }
 
 // scaling · E, one factor for each rank.
-at::Tensor rank_factors(const Adapter& adapter) {
-  const auto& rank_scale = adapter.rank_scale;
-  return rank_scale.has_value() ? rank_scale->to(at::kFloat).mul(adapter.scaling).contiguous()
-                                : at::full({adapter.A.size(0)}, adapter.scaling, at::kFloat);
+std::vector<float> rank_factors(const Adapter& adapter) {
+  std::vector<float> factors(adapter.A.size(0), static_cast<float>(adapter.scaling));
+  if (adapter.rank_scale.has_value()) {
+    const at::Tensor scaled = adapter.rank_scale->to(at::kFloat).mul(adapter.scaling).contiguous();
+    std::copy_n(scaled.const_data_ptr<float>(), factors.size(), factors.begin());
+  }
+  return factors;
 }
 
 // Parallel work below this many multiply-adds per thread costs more to start than it saves.
@@ -77,165 +106,289 @@ constexpr int64_t kMinWork = 1 << 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sums the (R, stride) partial results of n_chunks chunks into a contiguous (R, length) tensor, in chunk order.
-at::Tensor add_chunks(const at::Tensor& parts, int64_t n_chunks, int64_t R, int64_t length) {
-  at::Tensor out = at::empty({R, length}, at::kFloat);
-  const float* in = parts.const_data_ptr<float>();
-  float* sums = out.mutable_data_ptr<float>();
-  const int64_t stride = padded_stride(length);
-  const Kernels& kernel = kernels();
-  at::parallel_for(0, R, ceil_div(kMinWork, n_chunks * length), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      kernel.add_parts(in + r * stride, n_chunks, R * stride, length, sums + r * length);
-    }
-  });
-  return out;
+int64_t total_rank(const Group& group) {
+  int64_t total = 0;
+  for (const Adapter& adapter : group.modules) total += adapter.A.size(0);
+  return total;
 }
+
+// Partial sums of an (R, length) gradient: one (R, stride) part for each chunk of rows of x.
+class Parts {
+ public:
+  Parts() = default;
+  Parts(int64_t n_chunks, int64_t R, int64_t length)
+      : n_chunks_(n_chunks), R_(R), length_(length), stride_(padded_stride(length)) {
+    storage_ = at::empty({n_chunks * R * stride_}, at::kFloat);
+    data_ = storage_.mutable_data_ptr<float>();
+  }
+
+  int64_t stride() const { return stride_; }
+  float* chunk(int64_t c) const { return data_ + c * R_ * stride_; }
+  void clear(int64_t c) const { std::memset(chunk(c), 0, R_ * stride_ * sizeof(float)); }
+
+  // The sum over the chunks, in their order, times factors[r] (1 if there are none): contiguous (R, length).
+  at::Tensor sum(const std::vector<float>& factors = {}) const {
+    at::Tensor out = at::empty({R_, length_}, at::kFloat);
+    float* sums = out.mutable_data_ptr<float>();
+    const Kernels& kernel = kernels();
+    at::parallel_for(0, R_, ceil_div(kMinWork, n_chunks_ * length_), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        kernel.add_parts(data_ + r * stride_, n_chunks_, R_ * stride_, length_, factors.empty() ? 1.0f : factors[r],
+                         sums + r * length_);
+      }
+    });
+    return out;
+  }
+
+ private:
+  int64_t n_chunks_ = 0, R_ = 0, length_ = 0, stride_ = 0;
+  at::Tensor storage_;
+  float* data_ = nullptr;
+};
+
+std::optional<Dropout> dropout_of_module(const Group& group, size_t i) {
+  return dropout_of(group.op, group.dropout_p, group.threshold, group.modules[i].seed);
+}
+
+// What is applied to S and dS, which are small, instead of to every kept element of x and dx.
+float kept_scale(const Group& group) { return static_cast<float>(1 / (1 - group.dropout_p)); }
+
+// One module of the forward, with R >= 1.
+struct ForwardModule {
+  int64_t R, first_column, N;
+  Packed A, B, bias;
+  std::vector<float> e;
+  std::optional<Dropout> dropout;
+  char* y;
+  int64_t stride_y, row_bytes;
+};
 
 }  // namespace
 
-at::Tensor lora_expand_into(const char* op, const at::Tensor& y, bool add, const std::optional<at::Tensor>& bias,
-                            const at::Tensor& x, const Adapter& adapter) {
-  const int64_t M = y.size(0), N = y.size(1);
-  check_adapter(op, x, N, adapter);
-  const int64_t K = x.size(1), R = adapter.A.size(0);
-  const auto dropout = dropout_of(op, adapter.dropout_p, adapter.threshold, adapter.seed);
-  // Applied to S and dS, which are small, instead of to every kept element of x and dx.
-  const auto kept_scale = static_cast<float>(1 / (1 - adapter.dropout_p));
+Group group_of_one(const char* op, const at::Tensor& A, const at::Tensor& B,
+                   const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p, int64_t threshold,
+                   const std::optional<at::Tensor>& seed) {
+  return {op, false, {{A, B, rank_scale, scaling, seed}}, dropout_p, threshold};
+}
 
-  const Packed packed_A = pack(adapter.A), packed_B = pack(adapter.B.t());
-  const Packed packed_bias = bias.has_value() ? pack(bias->unsqueeze(0)) : Packed{};
-  const float* bias_data = bias.has_value() ? packed_bias.data() : nullptr;
-  const at::Tensor e = rank_factors(adapter);
-  const float* e_data = e.const_data_ptr<float>();
+at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const OptionalTensors& biases,
+                            const at::Tensor& x, const Group& group) {
+  for (size_t i = 0; i < ys.size(); ++i) {
+    check_adapter(group.where(i), x, ys[i].size(1), group.modules[i], group.grouped);
+  }
+  const int64_t M = x.size(0), K = x.size(1), R_all = total_rank(group);
+  std::vector<ForwardModule> modules;
+  modules.reserve(ys.size());
+  int64_t first_column = 0, N_all = 0;
+  for (size_t i = 0; i < ys.size(); ++i) {
+    const Adapter& adapter = group.modules[i];
+    const at::Tensor& y = ys[i];
+    modules.push_back({adapter.A.size(0), first_column, y.size(1), pack(adapter.A), pack(adapter.B.t()),
+                       biases[i].has_value() ? pack(biases[i]->unsqueeze(0)) : Packed{}, rank_factors(adapter),
+                       dropout_of_module(group, i), static_cast<char*>(y.mutable_data_ptr()), y.stride(0),
+                       y.stride(0) * static_cast<int64_t>(y.element_size())});
+    first_column += adapter.A.size(0);
+    N_all += y.size(1);
+  }
 
-  at::Tensor S = at::empty({M, R}, at::kFloat);
-  auto* y_data = static_cast<char*>(y.mutable_data_ptr());
+  at::Tensor S = at::empty({M, R_all}, at::kFloat);
   float* S_data = S.mutable_data_ptr<float>();
-  const MatrixView x_view = matrix_view(x);
-  const int64_t y_row_bytes = y.stride(0) * y.element_size();
+  const TileSource x_tiles(x);
+  const Dtype dtype = dtype_of(x);
+  const float kept = kept_scale(group);
   const Kernels& kernel = kernels();
 
   const auto run_tile = [&](int64_t m0, Workspace& ws) {
     const int64_t rows = std::min(kTileRows, M - m0);
-    std::memset(ws.S, 0, sizeof(ws.S));
+    std::memset(ws.S.data(), 0, rows * R_all * sizeof(float));
     for (int64_t k0 = 0; k0 < K; k0 += kTileCols) {
       const int64_t cols = std::min(kTileCols, K - k0);
-      if (dropout) kernel.dropout_mask(*dropout, m0, k0, rows, cols, ws.mask);
-      kernel.load_tile(x_view, m0, k0, rows, cols, dropout ? ws.mask : nullptr, ws.tile);
-      kernel.shrink(ws.tile, rows, cols, packed_A.data() + k0, packed_A.stride, R, ws.S);
-    }
-    for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t r = 0; r < R; ++r) {
-        const float s = ws.S[m * kMaxRank + r] * kept_scale;
-        S_data[(m0 + m) * R + r] = s;
-        ws.S[m * kMaxRank + r] = s * e_data[r];
+      std::optional<Rows> shared;  // without dropout all modules see the same x
+      for (const ForwardModule& module : modules) {
+        if (module.R == 0) continue;
+        const uint32_t* mask = module.dropout ? ws.mask : nullptr;
+        if (module.dropout) kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
+        if (mask != nullptr || !shared) shared = x_tiles.tile(m0, k0, rows, cols, mask, ws);
+        kernel.shrink(*shared, rows, cols, module.A.data + k0, module.A.stride, module.R,
+                      {ws.S.data() + module.first_column, R_all});
       }
     }
-    kernel.expand(ws.S, rows, N, packed_B.data(), packed_B.stride, R, bias_data, nullptr, y_data + m0 * y_row_bytes,
-                  x_view.dtype, y.stride(0), add);
+    for (const ForwardModule& module : modules) {
+      for (int64_t m = 0; m < rows; ++m) {
+        float* scaled = ws.S.data() + m * R_all + module.first_column;
+        float* out = S_data + (m0 + m) * R_all + module.first_column;
+        for (int64_t r = 0; r < module.R; ++r) {
+          out[r] = scaled[r] * kept;
+          scaled[r] = out[r] * module.e[r];
+        }
+      }
+      kernel.expand({ws.S.data() + module.first_column, R_all}, rows, module.N, module.B.data, module.B.stride, module.R,
+                    module.bias.data, nullptr, module.y + m0 * module.row_bytes, dtype, module.stride_y, add);
+    }
   };
-  const int64_t grain = ceil_div(kMinWork, kTileRows * R * (K + N));
+  const int64_t grain = ceil_div(kMinWork, kTileRows * (R_all * K + N_all));
   at::parallel_for(0, ceil_div(M, kTileRows), grain, [&](int64_t begin, int64_t end) {
-    Workspace ws;
+    Workspace ws(R_all);
     for (int64_t t = begin; t < end; ++t) run_tile(t * kTileRows, ws);
   });
-
   return S;
 }
 
-Gradients lora_delta_gradients(const char* op, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& S,
-                               const Adapter& adapter, bool need_dx, bool need_dA, bool need_dB, bool need_dE) {
-  TORCH_CHECK(is_supported(dy) && dy.scalar_type() == x.scalar_type() && dy.dim() == 2, op, ": dy must be ",
-              x.scalar_type(), " of shape (M, N) on the CPU, got ", dy.scalar_type(), " ", dy.sizes());
-  const int64_t M = dy.size(0), N = dy.size(1);
-  check_adapter(op, x, N, adapter);
-  const auto& [A, B, rank_scale, scaling, dropout_p, threshold, seed] = adapter;
-  const int64_t K = x.size(1), R = A.size(0);
-  TORCH_CHECK(x.size(0) == M, op, ": x must have as many rows as dy, M=", M, ", got ", x.sizes());
-  TORCH_CHECK(S.device().is_cpu() && S.scalar_type() == at::kFloat && S.dim() == 2 && S.size(0) == M && S.size(1) == R,
-              op, ": S must be float32 of shape (M, R) = (", M, ", ", R, ") on the CPU, got ", S.scalar_type(), " ",
-              S.sizes());
-  const auto dropout = dropout_of(op, dropout_p, threshold, seed);
-  const auto kept_scale = static_cast<float>(1 / (1 - dropout_p));
-  TORCH_CHECK(!need_dE || rank_scale.has_value(), op, ": rank_scale must be given when need_dE, got None");
-  const bool make_G = need_dB || need_dE, make_dS = need_dx || need_dA;
-  if (!make_G && !make_dS) return {};
+namespace {
 
-  const Packed packed_A = need_dx ? pack(A) : Packed{};
-  const Packed packed_B = make_dS ? pack(B.t()) : Packed{};
-  const at::Tensor S_rows = S.contiguous(), e = rank_factors(adapter);
-  const float* S_data = S_rows.const_data_ptr<float>();
-  const float* e_data = e.const_data_ptr<float>();
-  at::Tensor dx = need_dx ? at::empty({M, K}, x.options()) : at::Tensor();
-  auto* dx_data = need_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
-  const int64_t dx_row_bytes = K * x.element_size();
-  const MatrixView x_view = matrix_view(x), dy_view = matrix_view(dy);
-  const Kernels& kernel = kernels();
+// One module of the backward, with a dy and R >= 1.
+struct BackwardModule {
+  size_t index;
+  int64_t R, N;
+  const float* S;  // its first column
+  TileSource dy;
+  Packed A, B;
+  std::vector<float> e;
+  std::optional<Dropout> dropout;
+  Wanted wanted;
+  bool make_G, make_dS;
+  int64_t first_dS;  // its columns among those of all dS
+  Parts G, dA;
+};
+
+}  // namespace
+
+DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor& x, const at::Tensor& S,
+                                    const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+  const size_t n_modules = group.modules.size();
+  DeltaGradients out{at::Tensor(), OptionalTensors(n_modules), OptionalTensors(n_modules), OptionalTensors(n_modules)};
+  bool any_dy = false;
+  for (size_t i = 0; i < n_modules; ++i) {
+    if (!dys[i].has_value()) continue;
+    const Where where = group.where(i);
+    const at::Tensor& dy = *dys[i];
+    TORCH_CHECK(is_supported(dy) && dy.scalar_type() == x.scalar_type() && dy.dim() == 2, where, ": dy must be ",
+                x.scalar_type(), " of shape (M, N) on the CPU, got ", dy.scalar_type(), " ", dy.sizes());
+    check_adapter(where, x, dy.size(1), group.modules[i], group.grouped);
+    TORCH_CHECK(x.size(0) == dy.size(0), where, ": x must have as many rows as dy, M=", dy.size(0), ", got ",
+                x.sizes());
+    TORCH_CHECK(!wanted[i].dE || group.modules[i].rank_scale.has_value(), where,
+                ": rank_scale must be given when need_dE, got None");
+    any_dy = true;
+  }
+  if (!any_dy) return out;
+  const int64_t M = x.size(0), K = x.size(1), R_all = total_rank(group);
+  TORCH_CHECK(S.device().is_cpu() && S.scalar_type() == at::kFloat && S.dim() == 2 && S.size(0) == M &&
+                  S.size(1) == R_all,
+              group.op, ": S must be float32 of shape (M, R) = (", M, ", ", R_all, ") on the CPU, got ",
+              S.scalar_type(), " ", S.sizes());
+  const at::Tensor S_rows = S.contiguous();
+
+  std::vector<BackwardModule> modules;
+  modules.reserve(n_modules);
+  int64_t column = 0, dS_columns = 0, work = 0, part_size = 0;
+  for (size_t i = 0; i < n_modules; ++i) {
+    const Adapter& adapter = group.modules[i];
+    const int64_t R = adapter.A.size(0), first_column = column;
+    column += R;
+    if (!dys[i].has_value()) continue;
+    if (R == 0) {
+      if (wanted[i].dA) out.dAs[i] = at::empty_like(adapter.A);
+      if (wanted[i].dB) out.dBs[i] = at::empty_like(adapter.B);
+      if (wanted[i].dE) out.dEs[i] = at::empty_like(*adapter.rank_scale);
+      continue;
+    }
+    const bool make_G = wanted[i].dB || wanted[i].dE, make_dS = need_dx || wanted[i].dA;
+    const auto dropout = dropout_of_module(group, i);
+    if (!make_G && !make_dS) continue;
+    const int64_t N = dys[i]->size(1);
+    modules.push_back({i, R, N, S_rows.const_data_ptr<float>() + first_column, TileSource(*dys[i]),
+                       need_dx ? pack(adapter.A) : Packed{}, make_dS ? pack(adapter.B.t()) : Packed{},
+                       rank_factors(adapter), dropout, wanted[i], make_G, make_dS, dS_columns, {}, {}});
+    dS_columns += make_dS ? R : 0;
+    work += M * R * (K + N);
+    part_size += R * ((make_G ? padded_stride(N) : 0) + (wanted[i].dA ? padded_stride(K) : 0));
+  }
+  if (need_dx) out.dx = dS_columns ? at::empty({M, K}, x.options()) : at::zeros({M, K}, x.options());
+  if (modules.empty()) return out;
 
   // One chunk of consecutive tiles per thread, each with partial sums of its own: the result depends on the number of
   // threads, not on their timing. At least two tiles a chunk, and no more than 512 MiB of partial sums in all.
-  const int64_t stride_G = padded_stride(N), stride_dA = padded_stride(K), tiles = ceil_div(M, kTileRows);
-  const int64_t part_size = R * ((make_G ? stride_G : 0) + (need_dA ? stride_dA : 0));
+  const int64_t tiles = ceil_div(M, kTileRows);
   int64_t n_chunks = std::min<int64_t>(at::get_num_threads(), ceil_div(tiles, 2));
-  n_chunks = std::min(n_chunks, ceil_div(M * (K + N) * R, kMinWork));
+  n_chunks = std::min(n_chunks, ceil_div(work, kMinWork));
   if (part_size > 0) n_chunks = std::clamp<int64_t>((1 << 27) / part_size, 1, n_chunks);
   const int64_t tiles_per_chunk = ceil_div(tiles, n_chunks);
-  const at::Tensor parts_G = at::empty({make_G ? n_chunks * R * stride_G : 0}, at::kFloat);
-  const at::Tensor parts_dA = at::empty({need_dA ? n_chunks * R * stride_dA : 0}, at::kFloat);
-  float* parts_G_data = parts_G.mutable_data_ptr<float>();
-  float* parts_dA_data = parts_dA.mutable_data_ptr<float>();
+  for (BackwardModule& module : modules) {
+    if (module.make_G) module.G = Parts(n_chunks, module.R, module.N);
+    if (module.wanted.dA) module.dA = Parts(n_chunks, module.R, K);
+  }
 
-  const auto run_tile = [&](int64_t m0, float* G, float* dA, Workspace& ws) {
-    const int64_t rows = std::min(kTileRows, M - m0);
+  auto* dx_data = need_dx ? static_cast<char*>(out.dx.mutable_data_ptr()) : nullptr;
+  const int64_t element_size = x.element_size(), S_stride = R_all;
+  const TileSource x_tiles(x);
+  const Dtype dtype = dtype_of(x);
+  const float kept = kept_scale(group);
+  const Kernels& kernel = kernels();
+
+  const auto read_dy = [&](const BackwardModule& module, int64_t chunk, int64_t m0, int64_t rows, Workspace& ws) {
+    // The kernels do not write through S.
+    const RankRows S_tile = {const_cast<float*>(module.S) + m0 * S_stride, S_stride};
+    const RankRows dS = {ws.S.data() + module.first_dS, dS_columns};
+    for (int64_t n0 = 0; n0 < module.N; n0 += kTileCols) {
+      const int64_t cols = std::min(kTileCols, module.N - n0);
+      const Rows dy = module.dy.tile(m0, n0, rows, cols, nullptr, ws);
+      if (module.make_dS) kernel.shrink(dy, rows, cols, module.B.data + n0, module.B.stride, module.R, dS);
+      if (module.make_G) {
+        kernel.accumulate(S_tile, dy, rows, cols, module.R, module.G.chunk(chunk) + n0, module.G.stride());
+      }
+    }
+    if (!module.make_dS) return;
     for (int64_t m = 0; m < rows; ++m) {
-      std::memcpy(ws.S + m * kMaxRank, S_data + (m0 + m) * R, R * sizeof(float));
+      for (int64_t r = 0; r < module.R; ++r) dS.data[m * dS.stride + r] *= module.e[r] * kept;
     }
-    std::memset(ws.dS, 0, sizeof(ws.dS));
-    for (int64_t n0 = 0; n0 < N; n0 += kTileCols) {
-      const int64_t cols = std::min(kTileCols, N - n0);
-      kernel.load_tile(dy_view, m0, n0, rows, cols, nullptr, ws.tile);
-      if (make_dS) kernel.shrink(ws.tile, rows, cols, packed_B.data() + n0, packed_B.stride, R, ws.dS);
-      if (make_G) kernel.accumulate(ws.S, ws.tile, rows, cols, R, G + n0, stride_G);
-    }
-    if (!make_dS) return;
-    for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t r = 0; r < R; ++r) ws.dS[m * kMaxRank + r] *= e_data[r] * kept_scale;
-    }
+  };
+  const auto write_dx_and_dA = [&](int64_t chunk, int64_t m0, int64_t rows, Workspace& ws) {
     for (int64_t k0 = 0; k0 < K; k0 += kTileCols) {
       const int64_t cols = std::min(kTileCols, K - k0);
-      const uint32_t* mask = dropout ? ws.mask : nullptr;
-      if (dropout) kernel.dropout_mask(*dropout, m0, k0, rows, cols, ws.mask);
-      if (need_dA) {
-        kernel.load_tile(x_view, m0, k0, rows, cols, mask, ws.tile);
-        kernel.accumulate(ws.dS, ws.tile, rows, cols, R, dA + k0, stride_dA);
-      }
-      if (need_dx) {
-        kernel.expand(ws.dS, rows, cols, packed_A.data() + k0, packed_A.stride, R, nullptr, mask,
-                      dx_data + m0 * dx_row_bytes + k0 * x.element_size(), x_view.dtype, K, false);
+      bool add = false;
+      for (const BackwardModule& module : modules) {
+        if (!module.make_dS) continue;
+        const RankRows dS = {ws.S.data() + module.first_dS, dS_columns};
+        const uint32_t* mask = module.dropout ? ws.mask : nullptr;
+        if (module.dropout) kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
+        if (module.wanted.dA) {
+          kernel.accumulate(dS, x_tiles.tile(m0, k0, rows, cols, mask, ws), rows, cols, module.R,
+                            module.dA.chunk(chunk) + k0, module.dA.stride());
+        }
+        if (need_dx) {
+          kernel.expand(dS, rows, cols, module.A.data + k0, module.A.stride, module.R, nullptr, mask,
+                        dx_data + (m0 * K + k0) * element_size, dtype, K, add);
+        }
+        add = true;
       }
     }
   };
   at::parallel_for(0, n_chunks, 1, [&](int64_t begin, int64_t end) {
-    Workspace ws;
+    Workspace ws(dS_columns);
     for (int64_t c = begin; c < end; ++c) {
-      float* G = make_G ? parts_G_data + c * R * stride_G : nullptr;
-      float* dA = need_dA ? parts_dA_data + c * R * stride_dA : nullptr;
-      if (make_G) std::memset(G, 0, R * stride_G * sizeof(float));
-      if (need_dA) std::memset(dA, 0, R * stride_dA * sizeof(float));
+      for (const BackwardModule& module : modules) {
+        if (module.make_G) module.G.clear(c);
+        if (module.wanted.dA) module.dA.clear(c);
+      }
       const int64_t last = std::min(tiles, (c + 1) * tiles_per_chunk);
-      for (int64_t t = c * tiles_per_chunk; t < last; ++t) run_tile(t * kTileRows, G, dA, ws);
+      for (int64_t t = c * tiles_per_chunk; t < last; ++t) {
+        const int64_t m0 = t * kTileRows, rows = std::min(kTileRows, M - m0);
+        std::fill(ws.S.begin(), ws.S.end(), 0.0f);
+        for (const BackwardModule& module : modules) read_dy(module, c, m0, rows, ws);
+        if (dS_columns > 0) write_dx_and_dA(c, m0, rows, ws);
+      }
     }
   });
 
-  Gradients out;
-  auto& [out_dx, out_dA, out_dB, out_dE] = out;
-  if (need_dx) out_dx = dx;
-  if (need_dA) out_dA = add_chunks(parts_dA, n_chunks, R, K).to(A.scalar_type());
-  if (make_G) {
-    const at::Tensor G = add_chunks(parts_G, n_chunks, R, N);
-    if (need_dE) out_dE = G.mul(B.t()).sum(1).mul_(scaling).to(rank_scale->scalar_type());
-    if (need_dB) out_dB = G.mul_(e.unsqueeze(1)).to(B.scalar_type()).t();
+  for (const BackwardModule& module : modules) {
+    const Adapter& adapter = group.modules[module.index];
+    if (module.wanted.dA) out.dAs[module.index] = module.dA.sum().to(adapter.A.scalar_type());
+    if (module.wanted.dE) {
+      const at::Tensor G = module.G.sum();
+      out.dEs[module.index] = G.mul(adapter.B.t()).sum(1).mul_(adapter.scaling).to(adapter.rank_scale->scalar_type());
+    }
+    if (module.wanted.dB) out.dBs[module.index] = module.G.sum(module.e).to(adapter.B.scalar_type()).t();
   }
   return out;
 }
@@ -252,8 +405,8 @@ at::Tensor lora_delta_cpu(const at::Tensor& y, const at::Tensor& x, const at::Te
   TORCH_CHECK(at::has_internal_overlap(y) != at::MemOverlap::Yes, op,
               ": y must not have elements that share memory, got strides ", y.strides());
   const at::Tensor rows = y.stride(1) == 1 ? y : y.contiguous();
-  const at::Tensor S = lora_expand_into(op, rows, true, std::nullopt, x,
-                                        {A, B, rank_scale, scaling, dropout_p, threshold, seed});
+  const at::Tensor S = lora_expand_into({rows}, true, {std::nullopt}, x,
+                                        group_of_one(op, A, B, rank_scale, scaling, dropout_p, threshold, seed));
   if (!rows.is_same(y)) y.copy_(rows);
   return S;
 }
@@ -263,8 +416,10 @@ Gradients lora_delta_backward_cpu(const at::Tensor& dy, const at::Tensor& x, con
                                   double dropout_p, int64_t threshold, const std::optional<at::Tensor>& seed,
                                   bool need_dx, bool need_dA, bool need_dB, bool need_dE) {
   const PlainDispatch plain;
-  return lora_delta_gradients("lora_delta_backward", dy, x, S, {A, B, rank_scale, scaling, dropout_p, threshold, seed},
-                              need_dx, need_dA, need_dB, need_dE);
+  const Group group =
+      group_of_one("lora_delta_backward", A, B, rank_scale, scaling, dropout_p, threshold, seed);
+  auto [dx, dAs, dBs, dEs] = lora_delta_gradients({dy}, x, S, group, need_dx, {{need_dA, need_dB, need_dE}});
+  return {need_dx ? std::optional(dx) : std::nullopt, dAs[0], dBs[0], dEs[0]};
 }
 
 }  // namespace adaptlora

@@ -1,5 +1,5 @@
-// lora_linear: y and dx are first filled with the low-rank term (and the bias) and then handed to the base GEMM, which
-// adds to them.
+// lora_linear and lora_group: y and dx are first filled with the low-rank terms (and the bias) and then handed to the base
+// GEMM, which adds to them.
 #include "host.h"
 #include "lora_delta.h"
 #include "ops.h"
@@ -7,15 +7,65 @@
 namespace adaptlora {
 namespace {
 
-void check_weight(const char* op, const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(is_supported(x) && x.dim() == 2, op,
+void check_weight(const Where& where, const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(is_supported(x) && x.dim() == 2, where,
               ": x must be a dense float32, bfloat16 or float16 CPU tensor of shape (M, K), got ", x.scalar_type(), " ",
               x.sizes(), " on ", x.device());
-  TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == x.size(1), op,
+  TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == x.size(1), where,
               ": weight must have shape (N, K) with N >= 1 and K=", x.size(1), " (x.shape[1]), got ", weight.sizes());
-  TORCH_CHECK(is_supported(weight) && weight.scalar_type() == x.scalar_type(), op,
+  TORCH_CHECK(is_supported(weight) && weight.scalar_type() == x.scalar_type(), where,
               ": weight must have the dtype of x, ", x.scalar_type(), ", on the CPU, got ", weight.scalar_type(),
               " on ", weight.device());
+}
+
+void check_bias(const Where& where, const at::Tensor& x, const at::Tensor& bias, int64_t N) {
+  TORCH_CHECK(is_supported(bias) && bias.scalar_type() == x.scalar_type() && bias.dim() == 1 && bias.size(0) == N,
+              where, ": bias must be ", x.scalar_type(), " of shape (N,) = (", N, ",) on the CPU, got ",
+              bias.scalar_type(), " ", bias.sizes());
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> forward(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                                                        const OptionalTensors& biases, const Group& group) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_weight(group.where(i), x, weights[i]);
+    if (biases[i].has_value()) check_bias(group.where(i), x, *biases[i], weights[i].size(0));
+  }
+  std::vector<at::Tensor> ys;
+  for (const at::Tensor& weight : weights) ys.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
+  const at::Tensor S = lora_expand_into(ys, false, biases, x, group);
+  for (size_t i = 0; i < ys.size(); ++i) ys[i].addmm_(x, weights[i].t());
+  return {ys, S};
+}
+
+GroupGradients backward(const OptionalTensors& dys, const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                        const at::Tensor& S, const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+  for (size_t i = 0; i < weights.size(); ++i) check_weight(group.where(i), x, weights[i]);
+  auto [dx, dAs, dBs, dEs] = lora_delta_gradients(dys, x, S, group, need_dx, wanted);
+  if (!dx.defined()) return {std::nullopt, dAs, dBs, dEs};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (dys[i].has_value()) dx.addmm_(*dys[i], weights[i]);
+  }
+  return {dx, dAs, dBs, dEs};
+}
+
+Group group_of(const char* op, const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& As,
+               const std::vector<at::Tensor>& Bs, const OptionalTensors& rank_scales,
+               const std::vector<double>& scalings, double dropout_p, int64_t threshold, const OptionalSeeds& seeds) {
+  const size_t n = weights.size();
+  const auto check = [&](const char* name, size_t length) {
+    TORCH_CHECK(length == n, op, ": ", name, " must be as long as weights, ", n, ", got ", length);
+  };
+  check("As", As.size());
+  check("Bs", Bs.size());
+  check("rank_scales", rank_scales.size());
+  check("scalings", scalings.size());
+  if (seeds.has_value()) check("seeds", seeds->size());
+  Group group{op, true, {}, dropout_p, threshold};
+  for (size_t i = 0; i < n; ++i) {
+    group.modules.push_back(
+        {As[i], Bs[i], rank_scales[i], scalings[i], seeds.has_value() ? std::optional((*seeds)[i]) : std::nullopt});
+  }
+  return group;
 }
 
 }  // namespace
@@ -26,18 +76,9 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
                                                    double scaling, double dropout_p, int64_t threshold,
                                                    const std::optional<at::Tensor>& seed) {
   const PlainDispatch plain;
-  const char* op = "lora_linear";
-  check_weight(op, x, weight);
-  const int64_t M = x.size(0), N = weight.size(0);
-  if (bias.has_value()) {
-    TORCH_CHECK(is_supported(*bias) && bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == N,
-                op, ": bias must be ", x.scalar_type(), " of shape (N,) = (", N, ",) on the CPU, got ",
-                bias->scalar_type(), " ", bias->sizes());
-  }
-  const at::Tensor y = at::empty({M, N}, x.options());
-  const at::Tensor S =
-      lora_expand_into(op, y, false, bias, x, {A, B, rank_scale, scaling, dropout_p, threshold, seed});
-  return {y.addmm_(x, weight.t()), S};
+  auto [ys, S] = forward(x, {weight}, {bias},
+                         group_of_one("lora_linear", A, B, rank_scale, scaling, dropout_p, threshold, seed));
+  return {ys[0], S};
 }
 
 Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
@@ -46,12 +87,40 @@ Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, co
                                    int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
                                    bool need_dB, bool need_dE) {
   const PlainDispatch plain;
-  const char* op = "lora_linear_backward";
-  check_weight(op, x, weight);
-  Gradients grads = lora_delta_gradients(op, dy, x, S, {A, B, rank_scale, scaling, dropout_p, threshold, seed}, need_dx,
-                                         need_dA, need_dB, need_dE);
-  if (need_dx) std::get<0>(grads)->addmm_(dy, weight);
-  return grads;
+  const Group group = group_of_one("lora_linear_backward", A, B, rank_scale, scaling, dropout_p, threshold, seed);
+  auto [dx, dAs, dBs, dEs] = backward({dy}, x, {weight}, S, group, need_dx, {{need_dA, need_dB, need_dE}});
+  return {dx, dAs[0], dBs[0], dEs[0]};
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_cpu(
+    const at::Tensor& x, const std::vector<at::Tensor>& weights, const OptionalTensors& biases,
+    const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs, const OptionalTensors& rank_scales,
+    const std::vector<double>& scalings, double dropout_p, int64_t threshold, const OptionalSeeds& seeds) {
+  const PlainDispatch plain;
+  const char* op = "lora_group";
+  TORCH_CHECK(biases.size() == weights.size(), op, ": biases must be as long as weights, ", weights.size(), ", got ",
+              biases.size());
+  return forward(x, weights, biases,
+                 group_of(op, weights, As, Bs, rank_scales, scalings, dropout_p, threshold, seeds));
+}
+
+GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const at::Tensor& x,
+                                       const std::vector<at::Tensor>& weights, const at::Tensor& S,
+                                       const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs,
+                                       const OptionalTensors& rank_scales, const std::vector<double>& scalings,
+                                       double dropout_p, int64_t threshold, const OptionalSeeds& seeds, bool need_dx,
+                                       const std::vector<bool>& need_dA, const std::vector<bool>& need_dB,
+                                       const std::vector<bool>& need_dE) {
+  const PlainDispatch plain;
+  const char* op = "lora_group_backward";
+  const Group group = group_of(op, weights, As, Bs, rank_scales, scalings, dropout_p, threshold, seeds);
+  const size_t n = weights.size();
+  TORCH_CHECK(dys.size() == n && need_dA.size() == n && need_dB.size() == n && need_dE.size() == n, op,
+              ": dys, need_dA, need_dB and need_dE must be as long as weights, ", n, ", got ", dys.size(), ", ",
+              need_dA.size(), ", ", need_dB.size(), " and ", need_dE.size());
+  std::vector<Wanted> wanted;
+  for (size_t i = 0; i < n; ++i) wanted.push_back({need_dA[i], need_dB[i], need_dE[i]});
+  return backward(dys, x, weights, S, group, need_dx, wanted);
 }
 
 }  // namespace adaptlora

@@ -30,6 +30,28 @@ Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, co
                                    int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
                                    bool need_dB, bool need_dE);
 
+using OptionalTensors = std::vector<std::optional<at::Tensor>>;
+using OptionalSeeds = std::optional<std::vector<at::Tensor>>;
+
+// Modules that share x, each with operands as in lora_linear and a rank R_i >= 0 of its own: the y_i, and S (M, sum R_i)
+// with the modules' columns in order. seeds: one for each module; nothing without dropout.
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_cpu(
+    const at::Tensor& x, const std::vector<at::Tensor>& weights, const OptionalTensors& biases,
+    const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs, const OptionalTensors& rank_scales,
+    const std::vector<double>& scalings, double dropout_p, int64_t threshold, const OptionalSeeds& seeds);
+
+// (dx, dAs, dBs, dEs), each None unless asked for.
+using GroupGradients = std::tuple<std::optional<at::Tensor>, OptionalTensors, OptionalTensors, OptionalTensors>;
+
+// dx is the sum over the modules. dys: None for a module whose y nothing depends on; all its gradients are None then.
+GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const at::Tensor& x,
+                                       const std::vector<at::Tensor>& weights, const at::Tensor& S,
+                                       const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs,
+                                       const OptionalTensors& rank_scales, const std::vector<double>& scalings,
+                                       double dropout_p, int64_t threshold, const OptionalSeeds& seeds, bool need_dx,
+                                       const std::vector<bool>& need_dA, const std::vector<bool>& need_dB,
+                                       const std::vector<bool>& need_dE);
+
 // y (M, N) += (S ∘ e) Bᵀ in place, any strides without overlap, rounded once; returns S. Operands as in lora_linear.
 at::Tensor lora_delta_cpu(const at::Tensor& y, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B,
                           const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
