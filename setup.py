@@ -36,7 +36,7 @@ def extension():
 
     root = Path(__file__).parent.resolve()
     csrc = root / "csrc"
-    sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
+    sources = sorted(csrc.rglob("*.cpp"))
     headers = sorted(csrc.rglob("*.h"))
     # torch's wheels for Linux use libgomp; Apple's compiler has no OpenMP, and at::parallel_for is then serial.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []

@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/ops.h"
+#include "direct.h"
 
 namespace py = pybind11;
 
@@ -35,6 +36,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"),
         py::arg("threshold"), py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
         py::arg("need_dE"), no_gil());
+  // These take and hold the GIL themselves.
+  m.def("lora_linear_direct", &adaptlora::lora_linear_direct, py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"), py::arg("seed"));
+  m.def("lora_group_direct", &adaptlora::lora_group_direct, py::arg("x"), py::arg("weights"), py::arg("biases"),
+        py::arg("As"), py::arg("Bs"), py::arg("rank_scales"), py::arg("scalings"), py::arg("dropout_p"),
+        py::arg("seeds"));
+  m.def("rank_norms_direct", &adaptlora::rank_norms_direct, py::arg("As"), py::arg("Bs"));
+
   m.def("dropout_keep", &adaptlora::dropout_keep_cpu, py::arg("seed"), py::arg("M"), py::arg("K"),
         py::arg("threshold"), no_gil());
 

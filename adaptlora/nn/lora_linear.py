@@ -87,13 +87,13 @@ class LoraLinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        base, pair = self.base_layer, self.pair
         return lora_linear(
             x,
-            weight,
-            self.bias,
-            self.pair.lora_A,
-            self.pair.lora_B,
+            base.weight.t() if self.fan_in_fan_out else base.weight,
+            base.bias,
+            pair.lora_A,
+            pair.lora_B,
             scaling=self.scaling,
             dropout_p=self.dropout_p if self.training else 0.0,
         )

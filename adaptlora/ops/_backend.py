@@ -89,6 +89,18 @@ def kernels(tensor: torch.Tensor, op: str):
     return None
 
 
+def direct(tensor):
+    """
+    The extension, for an eager call whose main operand is `tensor`, or None where other kernels run.
+
+    Its `*_direct` functions take a call as the public functions get it, gradients included, without the dispatcher; they return
+    None, having done nothing, for calls that are not plain (see csrc/direct.h).
+    """
+    if torch.compiler.is_compiling() or not isinstance(tensor, torch.Tensor):
+        return None
+    return extension() if choose(tensor) == "cpp" else None
+
+
 def explain() -> list[tuple[str, str]]:
     """(device and dtype, backend and why) for every combination: what `adaptlora doctor` prints."""
     override = os.environ.get("ADAPTLORA_BACKEND") or None

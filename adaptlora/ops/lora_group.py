@@ -187,6 +187,11 @@ def lora_group(
     """
     absent = [None] * len(weights) if isinstance(weights, (list, tuple)) else []
     rank_scales, seeds = (absent if given is None else given for given in (rank_scales, seeds))
+    direct = _backend.direct(x)
+    if direct is not None:
+        ys = direct.lora_group_direct(x, weights, biases, lora_As, lora_Bs, rank_scales, scalings, dropout_p, seeds)
+        if ys is not None:
+            return ys
     _check_lists(
         weights=weights, biases=biases, lora_As=lora_As, lora_Bs=lora_Bs, scalings=scalings, rank_scales=rank_scales,
         seeds=seeds,

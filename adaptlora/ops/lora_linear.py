@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from . import _backend
 from ._checks import check_adapter, check_device_and_dtype, check_tensor, check_tokens
 from ._dropout import as_seed, threshold
 from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
@@ -143,6 +144,11 @@ def lora_linear(
     Raises: ValueError (shape, device, range, unfrozen base), TypeError (dtype).
     Saved for backward: x, S = drop(x) Aᵀ (M, R), A, B and the seed; no mask.   Deterministic: yes.
     """
+    direct = _backend.direct(x)
+    if direct is not None:
+        y = direct.lora_linear_direct(x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p, seed)
+        if y is not None:
+            return y
     x, weight, bias = autocast(x, weight, bias)
     check_linear(OP, x, weight, bias, lora_A, lora_B, rank_scale, scaling, dropout_p)
     seed = as_seed(OP, seed, x.device) if dropout_p > 0 else None

@@ -82,6 +82,10 @@ no_second_derivative("rank_scale")
 def flat_rank_norms(op: str, lora_As, lora_Bs) -> tuple[torch.Tensor, torch.Tensor]:
     """Checked `rank_norms` before the split into modules; `op` is the name that errors carry."""
     lora_As, lora_Bs = list(lora_As), list(lora_Bs)
+    direct = _backend.direct(lora_As[0]) if lora_As else None
+    norms = None if direct is None else direct.rank_norms_direct(lora_As, lora_Bs)
+    if norms is not None:
+        return norms
     check_factor_lists(op, lora_As, lora_Bs)
     return torch.ops.adaptlora.rank_norms(lora_As, lora_Bs)
 

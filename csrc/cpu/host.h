@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <cmath>
 #include <optional>
 
 #include "isa.h"
@@ -35,6 +36,9 @@ inline Dtype dtype_of(const at::Tensor& t) {
 inline MatrixView matrix_view(const at::Tensor& t) {
   return {t.const_data_ptr(), dtype_of(t), t.stride(0), t.stride(1)};
 }
+
+// The smallest kept value of a 24-bit word: round(p * 2^24), ties to even.
+inline int64_t dropout_threshold(double p) { return std::llrint(p * (1 << 24)); }
 
 inline Dropout make_dropout(const char* op, const at::Tensor& seed, int64_t threshold) {
   TORCH_CHECK(threshold >= 0 && threshold <= (1 << 24), op, ": threshold must be in [0, 2^24], got ", threshold);

@@ -15,6 +15,7 @@ struct PhiloxBlock {
 };
 
 constexpr int kRounds = 10;
+constexpr int kPhiloxRows = 3;
 
 // The key of every round, in every lane.
 struct PhiloxKeys {
@@ -28,22 +29,43 @@ struct PhiloxKeys {
   }
 };
 
-ADAPTLORA_INLINE PhiloxBlock philox4x32_10(PhiloxBlock c, const PhiloxKeys& keys) {
+// Blocks side by side: a block alone is a chain of operations that each wait for the last, and a processor looks no more
+// than half a block ahead for others to do meanwhile.
+template <int kBlocks>
+ADAPTLORA_INLINE void philox4x32_10(PhiloxBlock (&c)[kBlocks], const PhiloxKeys& keys) {
   ADAPTLORA_UNROLL
   for (int round = 0; round < kRounds; ++round) {
-    const vu64 p0 = multiply_low32(c.c0, 0xD2511F53u);
-    const vu64 p1 = multiply_low32(c.c2, 0xCD9E8D57u);
-    c = {(p1 >> 32) ^ c.c1 ^ keys.k0[round], p1, (p0 >> 32) ^ c.c3 ^ keys.k1[round], p0};
+    ADAPTLORA_UNROLL
+    for (int i = 0; i < kBlocks; ++i) {
+      const vu64 p0 = multiply_low32(c[i].c0, 0xD2511F53u);
+      const vu64 p1 = multiply_low32(c[i].c2, 0xCD9E8D57u);
+      c[i] = {(p1 >> 32) ^ (c[i].c1 ^ keys.k0[round]), p1, (p0 >> 32) ^ (c[i].c3 ^ keys.k1[round]), p0};
+    }
   }
-  return c;
 }
 
 // c0 c1 c2 c3 of each counter side by side: first those of the counters in even lanes, then those in odd lanes.
 ADAPTLORA_INLINE void interleave(const PhiloxBlock& c, vu& even, vu& odd) {
-  const vu64 c01 = (c.c0 & 0xffffffffu) | (c.c1 << 32);
-  const vu64 c23 = (c.c2 & 0xffffffffu) | (c.c3 << 32);
-  even = (vu)__builtin_shufflevector(c01, c23, ADAPTLORA_LOW_PAIRS);
-  odd = (vu)__builtin_shufflevector(c01, c23, ADAPTLORA_HIGH_PAIRS);
+  const vu c01 = __builtin_shufflevector((vu)c.c0, (vu)c.c1, ADAPTLORA_LOW_WORDS);
+  const vu c23 = __builtin_shufflevector((vu)c.c2, (vu)c.c3, ADAPTLORA_LOW_WORDS);
+  even = __builtin_shufflevector(c01, c23, ADAPTLORA_LOW_WORDS);
+  odd = __builtin_shufflevector(c01, c23, ADAPTLORA_HIGH_WORDS);
+}
+
+// The masks of kBlocks rows from `row` at the counters `column`.
+template <int kBlocks>
+ADAPTLORA_INLINE void mask_rows(vu64 column, int64_t row, const PhiloxKeys& keys, int32_t threshold, uint32_t* mask) {
+  PhiloxBlock blocks[kBlocks];
+  ADAPTLORA_UNROLL
+  for (int i = 0; i < kBlocks; ++i) blocks[i] = {column, vu64{} + uint64_t(uint32_t(row + i)), vu64{}, vu64{}};
+  philox4x32_10(blocks, keys);
+  ADAPTLORA_UNROLL
+  for (int i = 0; i < kBlocks; ++i) {
+    vu first, second;
+    interleave(blocks[i], first, second);
+    store_raw(mask + i * kTileStride, (vi)(first >> 8) > threshold - 1);
+    store_raw(mask + i * kTileStride + kLanes, (vi)(second >> 8) > threshold - 1);
+  }
 }
 
 void dropout_mask(const Dropout& dropout, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask) {
@@ -53,18 +75,14 @@ void dropout_mask(const Dropout& dropout, int64_t row, int64_t col, int64_t rows
   for (int i = 0; i < kCounters; ++i) lane_counter[i] = i / 2 + (i % 2) * (kCounters / 2);
 
   const PhiloxKeys keys(dropout.key0, dropout.key1);
-  const int32_t threshold = dropout.threshold;
   for (int64_t c = 0; c < cols; c += 4 * kCounters) {
     const vu64 column = lane_counter + uint64_t((col + c) / 4);
     // Rows innermost: what the first three rounds compute from the column alone is then hoisted out of the loop.
-    for (int64_t m = 0; m < rows; ++m) {
-      const PhiloxBlock counter = {column, vu64{} + uint64_t(uint32_t(row + m)), vu64{}, vu64{}};
-      vu first, second;
-      interleave(philox4x32_10(counter, keys), first, second);
-      uint32_t* out = mask + m * kTileStride + c;
-      store_raw(out, (vi)(first >> 8) >= threshold);
-      store_raw(out + kLanes, (vi)(second >> 8) >= threshold);
+    int64_t m = 0;
+    for (; m + kPhiloxRows <= rows; m += kPhiloxRows) {
+      mask_rows<kPhiloxRows>(column, row + m, keys, dropout.threshold, mask + m * kTileStride + c);
     }
+    for (; m < rows; ++m) mask_rows<1>(column, row + m, keys, dropout.threshold, mask + m * kTileStride + c);
   }
 }
 

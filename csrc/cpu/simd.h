@@ -142,18 +142,18 @@ ADAPTLORA_INLINE vu64 multiply_low32(vu64 a, uint32_t c) {
 #if ADAPTLORA_LANES == 16
 #define ADAPTLORA_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ADAPTLORA_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#define ADAPTLORA_LOW_PAIRS 0, 8, 2, 10, 4, 12, 6, 14
-#define ADAPTLORA_HIGH_PAIRS 1, 9, 3, 11, 5, 13, 7, 15
+#define ADAPTLORA_LOW_WORDS 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30
+#define ADAPTLORA_HIGH_WORDS 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31
 #elif ADAPTLORA_LANES == 8
 #define ADAPTLORA_EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ADAPTLORA_ODD 1, 3, 5, 7, 9, 11, 13, 15
-#define ADAPTLORA_LOW_PAIRS 0, 4, 2, 6
-#define ADAPTLORA_HIGH_PAIRS 1, 5, 3, 7
+#define ADAPTLORA_LOW_WORDS 0, 2, 8, 10, 4, 6, 12, 14
+#define ADAPTLORA_HIGH_WORDS 1, 3, 9, 11, 5, 7, 13, 15
 #else
 #define ADAPTLORA_EVEN 0, 2, 4, 6
 #define ADAPTLORA_ODD 1, 3, 5, 7
-#define ADAPTLORA_LOW_PAIRS 0, 2
-#define ADAPTLORA_HIGH_PAIRS 1, 3
+#define ADAPTLORA_LOW_WORDS 0, 2, 4, 6
+#define ADAPTLORA_HIGH_WORDS 1, 3, 5, 7
 #endif
 
 // sums[i] += sum of the lanes of v[i], for N vectors at once: a tree of pairwise additions, in a fixed order.

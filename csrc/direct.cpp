@@ -1,0 +1,205 @@
+#include "direct.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <cmath>
+#include <limits>
+
+#include "autograd.h"
+#include "cpu/host.h"
+
+namespace adaptlora {
+namespace {
+
+namespace py = pybind11;
+
+// Nothing that watches or changes calls of ops: modes of torch_dispatch (fake tensors, FLOP counters) and torch_function,
+// functorch's transforms, jit's tracer, autocast.
+bool plain_context() {
+  using c10::DispatchKey;
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
+         !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !c10::impl::tls_is_dispatch_key_included(DispatchKey::Functionalize) && !torch::jit::tracer::isTracing() &&
+         !at::autocast::is_autocast_enabled(at::kCPU);
+}
+
+// An exact torch.Tensor or Parameter (no subclass) whose memory holds its values: neither wrapped nor lazily negated.
+const at::Tensor* plain_tensor(py::handle object) {
+  static const c10::DispatchKeySet plain_keys = [] {
+    const c10::InferenceMode normal_mode(false);
+    return at::detail::empty_cpu({0}, at::TensorOptions(at::kFloat)).key_set();
+  }();
+  if (!THPVariable_CheckExact(object.ptr())) return nullptr;
+  const at::Tensor& t = THPVariable_Unpack(object.ptr());
+  return t.defined() && is_supported(t) && plain_keys.has_all(t.key_set()) ? &t : nullptr;
+}
+
+bool frozen(const at::Tensor& t) { return !(at::GradMode::is_enabled() && t.requires_grad()); }
+
+bool of_dtype_or_float32(const at::Tensor& t, const at::Tensor& x) {
+  return t.scalar_type() == x.scalar_type() || t.scalar_type() == at::kFloat;
+}
+
+std::optional<double> number(py::handle object) {
+  PyObject* p = object.ptr();
+  if (PyFloat_CheckExact(p)) return PyFloat_AS_DOUBLE(p);
+  if (!PyLong_CheckExact(p)) return std::nullopt;
+  const double value = PyLong_AsDouble(p);
+  if (value == -1 && PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  return value;
+}
+
+// A given seed as an int64 tensor; undefined for None; nothing if it is neither.
+std::optional<at::Tensor> given_seed(py::handle object) {
+  if (object.is_none()) return at::Tensor();
+  if (PyLong_CheckExact(object.ptr())) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
+    if (overflow != 0) return std::nullopt;
+    return at::scalar_tensor(static_cast<int64_t>(value), at::kLong);
+  }
+  if (!THPVariable_CheckExact(object.ptr())) return std::nullopt;
+  const at::Tensor& t = THPVariable_Unpack(object.ptr());
+  if (!t.device().is_cpu() || t.scalar_type() != at::kLong || t.dim() != 0) return std::nullopt;
+  return t;
+}
+
+struct Operands {
+  py::handle weight, bias, A, B, rank_scale, scaling, seed;
+};
+
+// The module, with an undefined seed where one has to be drawn.
+std::optional<GroupModule> plain_module(const at::Tensor& x, const Operands& given, double dropout_p) {
+  GroupModule module;
+  const at::Tensor *weight = plain_tensor(given.weight), *A = plain_tensor(given.A), *B = plain_tensor(given.B);
+  if (weight == nullptr || A == nullptr || B == nullptr) return std::nullopt;
+  const int64_t K = x.size(-1);
+  const bool weight_fits = weight->dim() == 2 && weight->size(0) >= 1 && weight->size(1) == K &&
+                           weight->scalar_type() == x.scalar_type() && frozen(*weight);
+  if (!weight_fits) return std::nullopt;
+  const int64_t N = weight->size(0);
+  const bool factors_fit = A->dim() == 2 && A->size(0) >= 1 && A->size(0) <= kMaxRank && A->size(1) == K &&
+                           B->dim() == 2 && B->size(0) == N && B->size(1) == A->size(0) &&
+                           of_dtype_or_float32(*A, x) && of_dtype_or_float32(*B, x);
+  if (!factors_fit) return std::nullopt;
+  module.weight = *weight;
+  module.A = *A;
+  module.B = *B;
+  if (!given.bias.is_none()) {
+    const at::Tensor* bias = plain_tensor(given.bias);
+    const bool fits = bias != nullptr && bias->dim() == 1 && bias->size(0) == N &&
+                      bias->scalar_type() == x.scalar_type() && frozen(*bias);
+    if (!fits) return std::nullopt;
+    module.bias = *bias;
+  }
+  if (!given.rank_scale.is_none()) {
+    const at::Tensor* E = plain_tensor(given.rank_scale);
+    const bool fits = E != nullptr && E->dim() == 1 && E->size(0) == A->size(0) && of_dtype_or_float32(*E, x);
+    if (!fits) return std::nullopt;
+    module.rank_scale = *E;
+  }
+  const auto scaling = number(given.scaling);
+  if (!scaling || !std::isfinite(*scaling)) return std::nullopt;
+  module.scaling = *scaling;
+  if (dropout_p > 0) {
+    module.seed = given_seed(given.seed);
+    if (!module.seed) return std::nullopt;
+  }
+  return module;
+}
+
+// As ops/_dropout.py's new_seed: the same numbers from torch's generator.
+at::Tensor new_seed() { return at::randint(0, std::numeric_limits<int64_t>::max(), {}, at::kLong); }
+
+std::optional<std::vector<at::Tensor>> run_group(py::handle x_object, const std::vector<Operands>& operands,
+                                                 py::handle dropout_object) {
+  if (!plain_context()) return std::nullopt;
+  const at::Tensor* x = plain_tensor(x_object);
+  const auto dropout_p = number(dropout_object);
+  if (x == nullptr || x->dim() < 1 || x->numel() == 0 || !dropout_p || !(*dropout_p >= 0 && *dropout_p < 1)) {
+    return std::nullopt;
+  }
+  std::vector<GroupModule> modules;
+  modules.reserve(operands.size());
+  for (const Operands& given : operands) {
+    auto module = plain_module(*x, given, *dropout_p);
+    if (!module) return std::nullopt;
+    modules.push_back(std::move(*module));
+  }
+  const py::gil_scoped_release no_gil;
+  for (GroupModule& module : modules) {
+    if (module.seed.has_value() && !module.seed->defined()) module.seed = new_seed();
+  }
+  return lora_group_autograd(*x, modules, *dropout_p);
+}
+
+// The items of a list or tuple; nothing if it is neither.
+std::optional<std::vector<py::handle>> items(py::handle object) {
+  PyObject* p = object.ptr();
+  if (!PyList_CheckExact(p) && !PyTuple_CheckExact(p)) return std::nullopt;
+  PyObject** first = PySequence_Fast_ITEMS(p);
+  return std::vector<py::handle>(first, first + PySequence_Fast_GET_SIZE(p));
+}
+
+std::optional<std::vector<at::Tensor>> plain_matrices(py::handle object) {
+  const auto handles = items(object);
+  if (!handles) return std::nullopt;
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(handles->size());
+  for (const py::handle handle : *handles) {
+    const at::Tensor* t = plain_tensor(handle);
+    if (t == nullptr || t->dim() != 2) return std::nullopt;
+    tensors.push_back(*t);
+  }
+  return tensors;
+}
+
+}  // namespace
+
+py::object lora_linear_direct(py::handle x, py::handle weight, py::handle bias, py::handle A, py::handle B,
+                              py::handle rank_scale, py::handle scaling, py::handle dropout_p, py::handle seed) {
+  const auto ys = run_group(x, {{weight, bias, A, B, rank_scale, scaling, seed}}, dropout_p);
+  return ys ? py::cast(ys->front()) : py::none();
+}
+
+py::object lora_group_direct(py::handle x, py::handle weights, py::handle biases, py::handle As, py::handle Bs,
+                             py::handle rank_scales, py::handle scalings, py::handle dropout_p, py::handle seeds) {
+  const std::optional<std::vector<py::handle>> lists[] = {items(weights),     items(biases),   items(As),   items(Bs),
+                                                          items(rank_scales), items(scalings), items(seeds)};
+  for (const auto& list : lists) {
+    if (!list || list->empty() || list->size() != lists[0]->size()) return py::none();
+  }
+  std::vector<Operands> operands;
+  for (size_t i = 0; i < lists[0]->size(); ++i) {
+    const auto of = [&](size_t list) { return (*lists[list])[i]; };
+    operands.push_back({of(0), of(1), of(2), of(3), of(4), of(5), of(6)});
+  }
+  const auto ys = run_group(x, operands, dropout_p);
+  return ys ? py::cast(*ys) : py::none();
+}
+
+py::object rank_norms_direct(py::handle As, py::handle Bs) {
+  const auto tensors_A = plain_matrices(As), tensors_B = plain_matrices(Bs);
+  if (!plain_context() || !tensors_A || !tensors_B || tensors_A->size() != tensors_B->size()) return py::none();
+  int64_t total_rank = 0;
+  for (size_t i = 0; i < tensors_A->size(); ++i) {
+    if ((*tensors_A)[i].size(0) != (*tensors_B)[i].size(1)) return py::none();
+    total_rank += (*tensors_A)[i].size(0);
+  }
+  if (total_rank == 0) return py::none();
+  const auto norms = [&] {
+    const py::gil_scoped_release no_gil;
+    return rank_norms_autograd(*tensors_A, *tensors_B);
+  }();
+  return py::cast(norms);
+}
+
+}  // namespace adaptlora
