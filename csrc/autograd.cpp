@@ -13,14 +13,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::vector<at::Tensor> present(const OptionalTensors& tensors) {
-  std::vector<at::Tensor> out;
-  for (const auto& t : tensors) {
-    if (t.has_value()) out.push_back(*t);
-  }
-  return out;
-}
-
 void append(variable_list& list, at::TensorList tensors) { list.insert(list.end(), tensors.begin(), tensors.end()); }
 
 at::Tensor as_2d(const at::Tensor& t) {
@@ -43,82 +35,72 @@ variable_list without_second_derivative(const char* op, variable_list grads) {
 
 class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
  public:
-  // rank_scales holds those that there are; which modules have one is in `modules`.
+  // As, Bs and the rank_scales that there are: those of `group`, as inputs of the graph.
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, at::TensorList As, at::TensorList Bs,
-                               at::TensorList rank_scales, const std::vector<GroupModule>& modules, double dropout_p) {
-    std::vector<at::Tensor> weights;
-    OptionalTensors biases, all_rank_scales;
-    std::vector<double> scalings;
-    std::vector<int64_t> has_rank_scale;
-    OptionalSeeds seeds;
-    if (dropout_p > 0) seeds.emplace();
-    for (const GroupModule& module : modules) {
-      weights.push_back(module.weight);
-      biases.push_back(module.bias);
-      all_rank_scales.push_back(module.rank_scale);
-      has_rank_scale.push_back(module.rank_scale.has_value());
-      scalings.push_back(module.scaling);
-      if (seeds) seeds->push_back(*module.seed);
+                               at::TensorList rank_scales, const std::vector<at::Tensor>& weights,
+                               const OptionalTensors& biases, const Group& group) {
+    const PlainDispatch plain;
+    auto [ys, S] = lora_group_forward(as_2d(x), weights, biases, group);
+    if (x.dim() != 2) {
+      auto shape = x.sizes().vec();
+      for (at::Tensor& y : ys) {
+        shape.back() = y.size(1);
+        y = y.view(shape);
+      }
     }
-    auto [ys, S] = lora_group_cpu(as_2d(x), weights, biases, As.vec(), Bs.vec(), all_rank_scales, scalings, dropout_p,
-                                  dropout_threshold(dropout_p), seeds);
-    auto shape = x.sizes().vec();
-    for (at::Tensor& y : ys) {
-      shape.back() = y.size(1);
-      y = y.view(shape);
-    }
-
     variable_list saved{x, S};
     for (const at::TensorList tensors : {at::TensorList(weights), As, Bs, rank_scales}) append(saved, tensors);
-    if (seeds) append(saved, *seeds);
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["scalings"] = scalings;
-    ctx->saved_data["has_rank_scale"] = has_rank_scale;
-    ctx->saved_data["dropout_p"] = dropout_p;
+
+    std::vector<double> scalings;
+    std::vector<int64_t> has_rank_scale, seeds;
+    for (const Adapter& adapter : group.modules) {
+      scalings.push_back(adapter.scaling);
+      has_rank_scale.push_back(adapter.rank_scale.has_value());
+      seeds.push_back(adapter.seed.value_or(0));
+    }
+    ctx->saved_data["scalings"] = std::move(scalings);
+    ctx->saved_data["has_rank_scale"] = std::move(has_rank_scale);
+    ctx->saved_data["seeds"] = std::move(seeds);
+    ctx->saved_data["dropout_p"] = group.dropout_p;
     return ys;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const std::vector<double> scalings = ctx->saved_data["scalings"].toDoubleVector();
     const std::vector<int64_t> has_rank_scale = ctx->saved_data["has_rank_scale"].toIntVector();
+    const std::vector<int64_t> seeds = ctx->saved_data["seeds"].toIntVector();
     const double dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const size_t n = scalings.size();
-    size_t n_scales = 0;
-    for (const int64_t has : has_rank_scale) n_scales += has;
 
     const variable_list saved = ctx->get_saved_variables();
-    auto next = saved.begin() + 2;
-    const auto take = [&](size_t count) {
-      next += static_cast<int64_t>(count);
-      return std::vector<at::Tensor>(next - static_cast<int64_t>(count), next);
-    };
     const at::Tensor &x = saved[0], &S = saved[1];
-    const auto weights = take(n), As = take(n), Bs = take(n), scales = take(n_scales);
-    const OptionalSeeds seeds = dropout_p > 0 ? OptionalSeeds(take(n)) : std::nullopt;
+    const at::Tensor *weights = saved.data() + 2, *As = weights + n, *Bs = As + n, *rank_scales = Bs + n;
+    const size_t n_scales = saved.size() - 2 - 3 * n;
 
-    OptionalTensors rank_scales(n), dys_2d(n);
-    std::vector<bool> need_dA(n), need_dB(n), need_dE(n);
+    Group group{"lora_group_backward", true, {}, dropout_p, dropout_threshold(dropout_p)};
+    OptionalTensors dys_2d(n);
+    std::vector<Wanted> wanted(n);
     bool any = false;
     for (size_t i = 0, scale = 0; i < n; ++i) {
       const bool has = has_rank_scale[i] != 0;
-      if (has) rank_scales[i] = scales[scale];
+      group.modules.push_back({As[i], Bs[i], has ? std::optional(rank_scales[scale]) : std::nullopt, scalings[i],
+                               dropout_p > 0 ? std::optional(seeds[i]) : std::nullopt});
       if (dys[i].defined()) {
         any = true;
         dys_2d[i] = as_2d(dys[i]);
-        need_dA[i] = ctx->needs_input_grad(1 + i);
-        need_dB[i] = ctx->needs_input_grad(1 + n + i);
-        need_dE[i] = has && ctx->needs_input_grad(1 + 2 * n + scale);
+        wanted[i] = {ctx->needs_input_grad(1 + i), ctx->needs_input_grad(1 + n + i),
+                     has && ctx->needs_input_grad(1 + 2 * n + scale)};
       }
       scale += has;
     }
     variable_list grads(1 + 2 * n + n_scales);
     if (any) {
-      auto [dx, dAs, dBs, dEs] =
-          lora_group_backward_cpu(dys_2d, as_2d(x), weights, S, As, Bs, rank_scales, scalings, dropout_p,
-                                  dropout_threshold(dropout_p), seeds, ctx->needs_input_grad(0), need_dA, need_dB,
-                                  need_dE);
-      if (dx.has_value()) grads[0] = dx->view(x.sizes());
+      const PlainDispatch plain;
+      auto [dx, dAs, dBs, dEs] = lora_group_gradients(dys_2d, as_2d(x), {weights, weights + n}, S, group,
+                                                      ctx->needs_input_grad(0), wanted);
+      if (dx.has_value()) grads[0] = x.dim() == 2 ? *dx : dx->view(x.sizes());
       for (size_t i = 0, scale = 0; i < n; ++i) {
         if (dAs[i].has_value()) grads[1 + i] = *dAs[i];
         if (dBs[i].has_value()) grads[1 + n + i] = *dBs[i];
@@ -127,7 +109,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
       }
     }
     grads = without_second_derivative("lora_group_backward", std::move(grads));
-    grads.resize(grads.size() + 2);  // modules and dropout_p
+    grads.resize(grads.size() + 3);  // weights, biases and group
     return grads;
   }
 };
@@ -165,18 +147,16 @@ class RankNormsFunction : public torch::autograd::Function<RankNormsFunction> {
 
 }  // namespace
 
-std::vector<at::Tensor> lora_group_autograd(const at::Tensor& x, const std::vector<GroupModule>& modules,
-                                            double dropout_p) {
-  std::vector<at::Tensor> As, Bs;
-  OptionalTensors rank_scales;
-  for (const GroupModule& module : modules) {
-    As.push_back(module.A);
-    Bs.push_back(module.B);
-    rank_scales.push_back(module.rank_scale);
+std::vector<at::Tensor> lora_group_autograd(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                                            const OptionalTensors& biases, const Group& group) {
+  std::vector<at::Tensor> As, Bs, rank_scales;
+  for (const Adapter& adapter : group.modules) {
+    As.push_back(adapter.A);
+    Bs.push_back(adapter.B);
+    if (adapter.rank_scale.has_value()) rank_scales.push_back(*adapter.rank_scale);
   }
-  const std::vector<at::Tensor> given_scales = present(rank_scales);
-  return LoraGroupFunction::apply(x, at::TensorList(As), at::TensorList(Bs), at::TensorList(given_scales), modules,
-                                  dropout_p);
+  return LoraGroupFunction::apply(x, at::TensorList(As), at::TensorList(Bs), at::TensorList(rank_scales), weights,
+                                  biases, group);
 }
 
 std::tuple<at::Tensor, at::Tensor> rank_norms_autograd(const std::vector<at::Tensor>& As,

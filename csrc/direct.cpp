@@ -1,5 +1,6 @@
 #include "direct.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/InferenceMode.h>
@@ -9,6 +10,7 @@
 
 #include <cmath>
 #include <limits>
+#include <mutex>
 
 #include "autograd.h"
 #include "cpu/host.h"
@@ -57,88 +59,93 @@ std::optional<double> number(py::handle object) {
   return value;
 }
 
-// A given seed as an int64 tensor; undefined for None; nothing if it is neither.
-std::optional<at::Tensor> given_seed(py::handle object) {
-  if (object.is_none()) return at::Tensor();
+// The value of a seed that is an int of 64 bits or a 0-dim int64 tensor.
+std::optional<int64_t> seed_number(py::handle object) {
   if (PyLong_CheckExact(object.ptr())) {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
-    if (overflow != 0) return std::nullopt;
-    return at::scalar_tensor(static_cast<int64_t>(value), at::kLong);
+    return overflow == 0 ? std::optional<int64_t>(value) : std::nullopt;
   }
   if (!THPVariable_CheckExact(object.ptr())) return std::nullopt;
   const at::Tensor& t = THPVariable_Unpack(object.ptr());
-  if (!t.device().is_cpu() || t.scalar_type() != at::kLong || t.dim() != 0) return std::nullopt;
-  return t;
+  const bool is_seed = t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kLong && t.dim() == 0;
+  return is_seed ? std::optional(*t.const_data_ptr<int64_t>()) : std::nullopt;
+}
+
+// What ops/_dropout.py's new_seed draws, torch.randint(0, 2^63 - 1, ()), from the same generator.
+int64_t new_seed() {
+  auto* generator = at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(generator->mutex_);
+  const uint64_t bits = generator->random64();
+  return static_cast<int64_t>(bits % static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
 }
 
 struct Operands {
   py::handle weight, bias, A, B, rank_scale, scaling, seed;
 };
 
-// The module, with an undefined seed where one has to be drawn.
-std::optional<GroupModule> plain_module(const at::Tensor& x, const Operands& given, double dropout_p) {
-  GroupModule module;
+// Everything lora_group_autograd takes.
+struct GroupCall {
+  std::vector<at::Tensor> weights;
+  OptionalTensors biases;
+  Group group;
+};
+
+// Adds a module, without a seed where one has to be drawn; false if it is not plain.
+bool add_plain_module(const at::Tensor& x, const Operands& given, GroupCall& call) {
   const at::Tensor *weight = plain_tensor(given.weight), *A = plain_tensor(given.A), *B = plain_tensor(given.B);
-  if (weight == nullptr || A == nullptr || B == nullptr) return std::nullopt;
+  if (weight == nullptr || A == nullptr || B == nullptr) return false;
   const int64_t K = x.size(-1);
   const bool weight_fits = weight->dim() == 2 && weight->size(0) >= 1 && weight->size(1) == K &&
                            weight->scalar_type() == x.scalar_type() && frozen(*weight);
-  if (!weight_fits) return std::nullopt;
+  if (!weight_fits) return false;
   const int64_t N = weight->size(0);
   const bool factors_fit = A->dim() == 2 && A->size(0) >= 1 && A->size(0) <= kMaxRank && A->size(1) == K &&
                            B->dim() == 2 && B->size(0) == N && B->size(1) == A->size(0) &&
                            of_dtype_or_float32(*A, x) && of_dtype_or_float32(*B, x);
-  if (!factors_fit) return std::nullopt;
-  module.weight = *weight;
-  module.A = *A;
-  module.B = *B;
+  if (!factors_fit) return false;
+  std::optional<at::Tensor> bias, rank_scale;
   if (!given.bias.is_none()) {
-    const at::Tensor* bias = plain_tensor(given.bias);
-    const bool fits = bias != nullptr && bias->dim() == 1 && bias->size(0) == N &&
-                      bias->scalar_type() == x.scalar_type() && frozen(*bias);
-    if (!fits) return std::nullopt;
-    module.bias = *bias;
+    const at::Tensor* t = plain_tensor(given.bias);
+    const bool fits = t != nullptr && t->dim() == 1 && t->size(0) == N && t->scalar_type() == x.scalar_type() &&
+                      frozen(*t);
+    if (!fits) return false;
+    bias = *t;
   }
   if (!given.rank_scale.is_none()) {
-    const at::Tensor* E = plain_tensor(given.rank_scale);
-    const bool fits = E != nullptr && E->dim() == 1 && E->size(0) == A->size(0) && of_dtype_or_float32(*E, x);
-    if (!fits) return std::nullopt;
-    module.rank_scale = *E;
+    const at::Tensor* t = plain_tensor(given.rank_scale);
+    if (t == nullptr || t->dim() != 1 || t->size(0) != A->size(0) || !of_dtype_or_float32(*t, x)) return false;
+    rank_scale = *t;
   }
   const auto scaling = number(given.scaling);
-  if (!scaling || !std::isfinite(*scaling)) return std::nullopt;
-  module.scaling = *scaling;
-  if (dropout_p > 0) {
-    module.seed = given_seed(given.seed);
-    if (!module.seed) return std::nullopt;
+  if (!scaling || !std::isfinite(*scaling)) return false;
+  std::optional<int64_t> seed;
+  if (call.group.dropout_p > 0 && !given.seed.is_none()) {
+    seed = seed_number(given.seed);
+    if (!seed) return false;
   }
-  return module;
+  call.weights.push_back(*weight);
+  call.biases.push_back(std::move(bias));
+  call.group.modules.push_back({*A, *B, std::move(rank_scale), *scaling, seed});
+  return true;
 }
 
-// As ops/_dropout.py's new_seed: the same numbers from torch's generator.
-at::Tensor new_seed() { return at::randint(0, std::numeric_limits<int64_t>::max(), {}, at::kLong); }
-
-std::optional<std::vector<at::Tensor>> run_group(py::handle x_object, const std::vector<Operands>& operands,
-                                                 py::handle dropout_object) {
+std::optional<std::vector<at::Tensor>> run_group(const char* op, py::handle x_object,
+                                                 const std::vector<Operands>& operands, py::handle dropout_object) {
   if (!plain_context()) return std::nullopt;
   const at::Tensor* x = plain_tensor(x_object);
-  const auto dropout_p = number(dropout_object);
-  if (x == nullptr || x->dim() < 1 || x->numel() == 0 || !dropout_p || !(*dropout_p >= 0 && *dropout_p < 1)) {
-    return std::nullopt;
-  }
-  std::vector<GroupModule> modules;
-  modules.reserve(operands.size());
+  const auto p = number(dropout_object);
+  if (x == nullptr || x->dim() < 1 || x->numel() == 0 || !p || !(*p >= 0 && *p < 1)) return std::nullopt;
+  GroupCall call{{}, {}, {op, true, {}, *p, dropout_threshold(*p)}};
+  call.group.modules.reserve(operands.size());
   for (const Operands& given : operands) {
-    auto module = plain_module(*x, given, *dropout_p);
-    if (!module) return std::nullopt;
-    modules.push_back(std::move(*module));
+    if (!add_plain_module(*x, given, call)) return std::nullopt;
   }
   const py::gil_scoped_release no_gil;
-  for (GroupModule& module : modules) {
-    if (module.seed.has_value() && !module.seed->defined()) module.seed = new_seed();
+  for (Adapter& adapter : call.group.modules) {
+    if (*p > 0 && !adapter.seed) adapter.seed = new_seed();
   }
-  return lora_group_autograd(*x, modules, *dropout_p);
+  return lora_group_autograd(*x, call.weights, call.biases, call.group);
 }
 
 // The items of a list or tuple; nothing if it is neither.
@@ -166,7 +173,7 @@ std::optional<std::vector<at::Tensor>> plain_matrices(py::handle object) {
 
 py::object lora_linear_direct(py::handle x, py::handle weight, py::handle bias, py::handle A, py::handle B,
                               py::handle rank_scale, py::handle scaling, py::handle dropout_p, py::handle seed) {
-  const auto ys = run_group(x, {{weight, bias, A, B, rank_scale, scaling, seed}}, dropout_p);
+  const auto ys = run_group("lora_linear", x, {{weight, bias, A, B, rank_scale, scaling, seed}}, dropout_p);
   return ys ? py::cast(ys->front()) : py::none();
 }
 
@@ -182,7 +189,7 @@ py::object lora_group_direct(py::handle x, py::handle weights, py::handle biases
     const auto of = [&](size_t list) { return (*lists[list])[i]; };
     operands.push_back({of(0), of(1), of(2), of(3), of(4), of(5), of(6)});
   }
-  const auto ys = run_group(x, operands, dropout_p);
+  const auto ys = run_group("lora_group", x, operands, dropout_p);
   return ys ? py::cast(*ys) : py::none();
 }
 

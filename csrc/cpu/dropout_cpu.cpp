@@ -9,7 +9,8 @@ namespace adaptlora {
 
 at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold) {
   TORCH_CHECK(M >= 0 && K >= 0, "dropout_keep: M and K must not be negative, got ", M, " and ", K);
-  const Dropout dropout = make_dropout("dropout_keep", seed, threshold);
+  check_threshold("dropout_keep", threshold);
+  const Dropout dropout = make_dropout(seed_value("dropout_keep", seed), threshold);
   const at::Tensor keep = at::empty({M, K}, at::kBool);
   bool* out = keep.mutable_data_ptr<bool>();
   const Kernels& kernel = kernels();

@@ -40,22 +40,20 @@ inline MatrixView matrix_view(const at::Tensor& t) {
 // The smallest kept value of a 24-bit word: round(p * 2^24), ties to even.
 inline int64_t dropout_threshold(double p) { return std::llrint(p * (1 << 24)); }
 
-inline Dropout make_dropout(const char* op, const at::Tensor& seed, int64_t threshold) {
+inline void check_threshold(const char* op, int64_t threshold) {
   TORCH_CHECK(threshold >= 0 && threshold <= (1 << 24), op, ": threshold must be in [0, 2^24], got ", threshold);
+}
+
+inline int64_t seed_value(const char* op, const at::Tensor& seed) {
   TORCH_CHECK(seed.device().is_cpu() && seed.scalar_type() == at::kLong && seed.numel() == 1, op,
               ": seed must be one int64 on the CPU, got ", seed.scalar_type(), " of shape ", seed.sizes(), " on ",
               seed.device());
-  const auto bits = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<int32_t>(threshold)};
+  return *seed.const_data_ptr<int64_t>();
 }
 
-// The dropout of one call, or nothing if p is 0.
-inline std::optional<Dropout> dropout_of(const char* op, double p, int64_t threshold,
-                                         const std::optional<at::Tensor>& seed) {
-  TORCH_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), got ", p);
-  if (p == 0) return std::nullopt;
-  TORCH_CHECK(seed.has_value(), op, ": seed must be given when dropout_p > 0, got None");
-  return make_dropout(op, *seed, threshold);
+inline Dropout make_dropout(int64_t seed, int64_t threshold) {
+  const auto bits = static_cast<uint64_t>(seed);
+  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<int32_t>(threshold)};
 }
 
 }  // namespace adaptlora

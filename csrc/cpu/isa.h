@@ -65,10 +65,12 @@ struct Kernels {
   // mask[i, j] = keep(row + i, col + j) ? ~0 : 0 for rows x cols; col % 4 == 0; mask has the layout of a tile.
   void (*dropout_mask)(const Dropout&, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask);
 
-  // tile = mask ∘ x[row : row + rows, col : col + cols] in float32; mask may be nullptr. Zero up to the next multiple
-  // of kPad columns.
-  void (*load_tile)(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask,
-                    float* tile);
+  // tile = x[row : row + rows, col : col + cols] in float32, zero up to the next multiple of kPad columns.
+  void (*load_tile)(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, float* tile);
+
+  // dropout_mask, and tile = mask ∘ what load_tile gives. Without keep_mask what mask holds afterwards is undefined.
+  void (*drop_tile)(const Dropout&, const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols,
+                    bool keep_mask, uint32_t* mask, float* tile);
 
   // S[m, r] += sum_c x[m, c] F[r, c];  F (R, cols) has zero-padded rows.
   void (*shrink)(const Rows& x, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,

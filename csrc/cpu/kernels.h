@@ -22,57 +22,76 @@ constexpr int kExpandVectors = kManyRegisters ? 4 : 6;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// ---- load_tile
+// ---- load_tile, drop_tile
 
-template <class T>
-void load_contiguous(const T* x, int64_t row_stride, int64_t rows, int64_t cols, const uint32_t* mask, float* tile) {
-  const int64_t whole = cols / kLanes * kLanes;
-  for (int64_t m = 0; m < rows; ++m) {
-    const T* in = x + m * row_stride;
-    float* out = tile + m * kTileStride;
-    if (mask == nullptr) {
-      for (int64_t c = 0; c < whole; c += kLanes) store(out + c, load(in + c));
-      if (whole < cols) store(out + whole, load_partial(in + whole, cols - whole));
-    } else {
-      const uint32_t* keep = mask + m * kTileStride;
-      for (int64_t c = 0; c < whole; c += kLanes) store(out + c, masked(load(in + c), keep + c));
-      if (whole < cols) store(out + whole, masked(load_partial(in + whole, cols - whole), keep + whole));
-    }
-  }
-}
-
-template <class T>
-void load_strided(const T* x, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, const uint32_t* mask,
-                  float* tile) {
-  for (int64_t c = 0; c < cols; ++c) {
-    for (int64_t m = 0; m < rows; ++m) {
-      const bool keep = mask == nullptr || mask[m * kTileStride + c] != 0;
-      tile[m * kTileStride + c] = keep ? load_one(x + m * row_stride + c * col_stride) : 0.0f;
-    }
-  }
-}
-
-template <class T>
-void load_tile_as(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask,
-                  float* tile) {
-  const T* first = static_cast<const T*>(x.data) + row * x.row_stride + col * x.col_stride;
-  if (x.col_stride == 1) {
-    load_contiguous(first, x.row_stride, rows, cols, mask, tile);
-  } else {
-    load_strided(first, x.row_stride, x.col_stride, rows, cols, mask, tile);
-  }
-}
-
-void load_tile(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask,
-               float* tile) {
+// Calls body(first), a pointer to element (row, col) of its own dtype.
+template <class Body>
+ADAPTLORA_INLINE void with_elements(const MatrixView& x, int64_t row, int64_t col, const Body& body) {
+  const int64_t at = row * x.row_stride + col * x.col_stride;
   switch (x.dtype) {
-    case Dtype::f32: load_tile_as<float>(x, row, col, rows, cols, mask, tile); break;
-    case Dtype::bf16: load_tile_as<bf16>(x, row, col, rows, cols, mask, tile); break;
-    case Dtype::f16: load_tile_as<f16>(x, row, col, rows, cols, mask, tile); break;
+    case Dtype::f32: body(static_cast<const float*>(x.data) + at); break;
+    case Dtype::bf16: body(static_cast<const bf16*>(x.data) + at); break;
+    case Dtype::f16: body(static_cast<const f16*>(x.data) + at); break;
   }
+}
+
+// The first n of the kLanes elements, or all of them.
+template <class T>
+ADAPTLORA_INLINE vf load_up_to(const T* p, int64_t n) {
+  return n < kLanes ? load_partial(p, n) : load(p);
+}
+
+void clear_padding(int64_t rows, int64_t cols, float* tile) {
   const int64_t padded = round_up(cols, kPad);
   if (padded == cols) return;
   for (int64_t m = 0; m < rows; ++m) memset(tile + m * kTileStride + cols, 0, (padded - cols) * sizeof(float));
+}
+
+void load_tile(const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols, float* tile) {
+  with_elements(x, row, col, [&](const auto* first) {
+    if (x.col_stride == 1) {
+      for (int64_t m = 0; m < rows; ++m) {
+        const auto* in = first + m * x.row_stride;
+        float* out = tile + m * kTileStride;
+        for (int64_t c = 0; c < cols; c += kLanes) store(out + c, load_up_to(in + c, cols - c));
+      }
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        for (int64_t m = 0; m < rows; ++m) {
+          tile[m * kTileStride + c] = load_one(first + m * x.row_stride + c * x.col_stride);
+        }
+      }
+    }
+  });
+  clear_padding(rows, cols, tile);
+}
+
+template <bool kKeepMask>
+void drop_tile_as(const Dropout& dropout, const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols,
+                  uint32_t* mask, float* tile) {
+  with_elements(x, row, col, [&](const auto* first) {
+    for_mask(dropout, row, col, rows, cols, [&](int64_t m, int64_t c, vi keep) ADAPTLORA_INLINE_LAMBDA {
+      const vf in = load_up_to(first + m * x.row_stride + c, cols - c);
+      store(tile + m * kTileStride + c, masked(in, keep));
+      if (kKeepMask) store_raw(mask + m * kTileStride + c, keep);
+    });
+  });
+}
+
+void drop_tile(const Dropout& dropout, const MatrixView& x, int64_t row, int64_t col, int64_t rows, int64_t cols,
+               bool keep_mask, uint32_t* mask, float* tile) {
+  if (x.col_stride != 1) {
+    dropout_mask(dropout, row, col, rows, cols, mask);
+    load_tile(x, row, col, rows, cols, tile);
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = m * kTileStride; c < m * kTileStride + cols; c += kLanes) {
+        store(tile + c, masked(load(tile + c), mask + c));
+      }
+    }
+    return;
+  }
+  (keep_mask ? drop_tile_as<true> : drop_tile_as<false>)(dropout, x, row, col, rows, cols, mask, tile);
+  clear_padding(rows, cols, tile);
 }
 
 // Calls body<n>(r) for the ranks [r, r + n): as few blocks of at most kMost (<= 4) as there can be, and as equal.
@@ -223,20 +242,27 @@ ADAPTLORA_INLINE void expand_block(const ExpandInput& in, int64_t m0, int64_t c,
   }
 }
 
-// A strip of kVectors * kLanes columns; every row of x uses its part of F while that is in the first-level cache.
-template <int kVectors, class T>
-ADAPTLORA_INLINE void expand_strip(const ExpandInput& in, int64_t rows, int64_t c, T* y, int64_t stride_y, int64_t n) {
-  int64_t m = 0;
-  for (; m + kExpandRows <= rows; m += kExpandRows) expand_block<kExpandRows, kVectors>(in, m, c, y, stride_y, n);
-  for (; m < rows; ++m) expand_block<1, kVectors>(in, m, c, y, stride_y, n);
+// kRows rows of the columns [begin, end): consecutive lines of y, which the processor then fetches ahead.
+template <int kRows, class T>
+ADAPTLORA_INLINE void expand_rows(const ExpandInput& in, int64_t m, int64_t begin, int64_t end, T* y,
+                                  int64_t stride_y) {
+  constexpr int64_t kStep = kExpandVectors * kLanes;
+  int64_t c = begin;
+  for (; c + kStep <= end; c += kStep) expand_block<kRows, kExpandVectors>(in, m, c, y, stride_y, kStep);
+  for (; c < end; c += kLanes) expand_block<kRows, 1>(in, m, c, y, stride_y, end - c);
 }
 
 template <class T>
 void expand_as(const ExpandInput& in, int64_t rows, int64_t cols, T* y, int64_t stride_y) {
+  // Columns whose part of F stays in the first-level cache from one row to the next: 16 KB.
   constexpr int64_t kStep = kExpandVectors * kLanes;
-  int64_t c = 0;
-  for (; c + kStep <= cols; c += kStep) expand_strip<kExpandVectors>(in, rows, c, y, stride_y, kStep);
-  for (; c < cols; c += kLanes) expand_strip<1>(in, rows, c, y, stride_y, cols - c);
+  const int64_t chunk = round_up(4096 / (in.R > 0 ? in.R : 1), kStep);
+  for (int64_t c = 0; c < cols; c += chunk) {
+    const int64_t end = c + chunk < cols ? c + chunk : cols;
+    int64_t m = 0;
+    for (; m + kExpandRows <= rows; m += kExpandRows) expand_rows<kExpandRows>(in, m, c, end, y, stride_y);
+    for (; m < rows; ++m) expand_rows<1>(in, m, c, end, y, stride_y);
+  }
 }
 
 void expand(const RankRows& S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const float* bias,
@@ -324,7 +350,7 @@ void scale_vector(const VectorView& src, const VectorView& dst, float factor) {
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, dropout_mask, load_tile, shrink, accumulate, expand, add_parts, sum_of_squares, scale_vector};
+  return {name, dropout_mask, load_tile, drop_tile, shrink, accumulate, expand, add_parts, sum_of_squares, scale_vector};
 }
 
 }  // namespace

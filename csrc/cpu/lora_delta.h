@@ -27,7 +27,7 @@ struct Adapter {
   at::Tensor A, B;
   std::optional<at::Tensor> rank_scale;
   double scaling;
-  std::optional<at::Tensor> seed;
+  std::optional<int64_t> seed;
 };
 
 // Modules that share x and the rate of dropout. `grouped`: messages number the modules.
@@ -41,9 +41,13 @@ struct Group {
   Where where(size_t i) const { return {op, grouped ? static_cast<int64_t>(i) : -1}; }
 };
 
+// A layer alone, with the seed as the ops take it.
 Group group_of_one(const char* op, const at::Tensor& A, const at::Tensor& B,
                    const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p, int64_t threshold,
                    const std::optional<at::Tensor>& seed);
+
+// Raises unless the rate is one and every module has a seed where there is dropout.
+void check_dropout(const Group& group);
 
 // y_i (M, N_i) = (add ? y_i : 0) + bias_i + (S_i ∘ e_i) B_iᵀ;  each y has unit column stride and the dtype and rows of x,
 // of which every element is read from memory once. Returns S (M, sum R_i).
@@ -63,5 +67,14 @@ struct DeltaGradients {
 
 DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor& x, const at::Tensor& S,
                                     const Group& group, bool need_dx, const std::vector<Wanted>& wanted);
+
+// The whole layers: the y_i and S, and the gradients with dx = Σ dy_i W_i + …
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Tensor& x,
+                                                                   const std::vector<at::Tensor>& weights,
+                                                                   const OptionalTensors& biases, const Group& group);
+
+GroupGradients lora_group_gradients(const OptionalTensors& dys, const at::Tensor& x,
+                                    const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
+                                    bool need_dx, const std::vector<Wanted>& wanted);
 
 }  // namespace adaptlora

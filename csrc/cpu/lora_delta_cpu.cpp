@@ -28,15 +28,24 @@ int64_t padded_stride(int64_t length) {
   return rows_collide(padded) ? padded + kPad : padded;
 }
 
-Packed pack(const at::Tensor& rows) {
-  const int64_t length = rows.size(1), stride = padded_stride(length);
-  if (rows.scalar_type() == at::kFloat && rows.stride(1) == 1 && length % kPad == 0 && !rows_collide(rows.stride(0))) {
-    return {rows, rows.stride(0), rows.const_data_ptr<float>()};
-  }
-  at::Tensor storage = at::empty({rows.size(0), stride}, at::kFloat);
+// `matrix`, or with `transposed` its transpose. Views are not made where the memory will do as it is: each costs as much as
+// a hundred multiply-adds of a whole cache line.
+Packed pack(const at::Tensor& matrix, bool transposed = false) {
+  const int64_t row = transposed ? 1 : 0, column = 1 - row;
+  const int64_t length = matrix.size(column), row_stride = matrix.stride(row);
+  const bool lies_well = matrix.scalar_type() == at::kFloat && matrix.stride(column) == 1 && length % kPad == 0;
+  if (lies_well && !rows_collide(row_stride)) return {matrix, row_stride, matrix.const_data_ptr<float>()};
+  const int64_t stride = padded_stride(length);
+  at::Tensor storage = at::empty({matrix.size(row), stride}, at::kFloat);
   if (stride > length) storage.narrow(1, length, stride - length).zero_();
-  storage.narrow(1, 0, length).copy_(rows);
+  storage.narrow(1, 0, length).copy_(transposed ? matrix.t() : matrix);
   return {storage, stride, storage.const_data_ptr<float>()};
+}
+
+Packed pack_bias(const std::optional<at::Tensor>& bias) {
+  if (!bias.has_value()) return {};
+  const bool lies_well = bias->scalar_type() == at::kFloat && bias->stride(0) == 1 && bias->size(0) % kPad == 0;
+  return lies_well ? Packed{*bias, 0, bias->const_data_ptr<float>()} : pack(bias->unsqueeze(0));
 }
 
 // Buffers of one thread: a tile of x or dy, its dropout mask, and the rows of S ∘ e or dS that belong to it.
@@ -48,7 +57,7 @@ struct Workspace {
   explicit Workspace(int64_t total_rank) : S(kTileRows * total_rank) {}
 };
 
-// A matrix that is walked in tiles. Without a mask the kernels read float32 as it lies, if it lies well.
+// A matrix that is walked in tiles. Without dropout the kernels read float32 as it lies, if it lies well.
 class TileSource {
  public:
   explicit TileSource(const at::Tensor& t)
@@ -56,11 +65,26 @@ class TileSource {
         direct_(view_.dtype == Dtype::f32 && view_.col_stride == 1 && t.size(1) % kPad == 0 &&
                 !rows_collide(view_.row_stride)) {}
 
-  Rows tile(int64_t row, int64_t col, int64_t rows, int64_t cols, const uint32_t* mask, Workspace& ws) const {
-    if (direct_ && mask == nullptr) {
-      return {static_cast<const float*>(view_.data) + row * view_.row_stride + col, view_.row_stride};
+  Rows plain(int64_t row, int64_t col, int64_t rows, int64_t cols, Workspace& ws) const {
+    if (direct_) return {static_cast<const float*>(view_.data) + row * view_.row_stride + col, view_.row_stride};
+    kernels().load_tile(view_, row, col, rows, cols, ws.tile);
+    return {ws.tile, kTileStride};
+  }
+
+  // Asks for the tile to be brought into the cache.
+  void prefetch(int64_t row, int64_t col, int64_t rows, int64_t cols) const {
+    if (!direct_) return;
+    constexpr int64_t kLine = 16;
+    const float* first = static_cast<const float*>(view_.data) + row * view_.row_stride + col;
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t c = 0; c < cols; c += kLine) __builtin_prefetch(first + m * view_.row_stride + c);
     }
-    kernels().load_tile(view_, row, col, rows, cols, mask, ws.tile);
+  }
+
+  // With the mask in ws.mask if keep_mask.
+  Rows dropped(const Dropout& dropout, int64_t row, int64_t col, int64_t rows, int64_t cols, bool keep_mask,
+               Workspace& ws) const {
+    kernels().drop_tile(dropout, view_, row, col, rows, cols, keep_mask, ws.mask, ws.tile);
     return {ws.tile, kTileStride};
   }
 
@@ -146,8 +170,9 @@ class Parts {
   float* data_ = nullptr;
 };
 
-std::optional<Dropout> dropout_of_module(const Group& group, size_t i) {
-  return dropout_of(group.op, group.dropout_p, group.threshold, group.modules[i].seed);
+std::optional<Dropout> dropout_of(const Group& group, const Adapter& adapter) {
+  if (group.dropout_p == 0) return std::nullopt;
+  return make_dropout(*adapter.seed, group.threshold);
 }
 
 // What is applied to S and dS, which are small, instead of to every kept element of x and dx.
@@ -168,11 +193,23 @@ struct ForwardModule {
 Group group_of_one(const char* op, const at::Tensor& A, const at::Tensor& B,
                    const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p, int64_t threshold,
                    const std::optional<at::Tensor>& seed) {
-  return {op, false, {{A, B, rank_scale, scaling, seed}}, dropout_p, threshold};
+  const auto number = seed.has_value() ? std::optional(seed_value(op, *seed)) : std::nullopt;
+  return {op, false, {{A, B, rank_scale, scaling, number}}, dropout_p, threshold};
+}
+
+void check_dropout(const Group& group) {
+  TORCH_CHECK(group.dropout_p >= 0 && group.dropout_p < 1, group.op, ": dropout_p must be in [0, 1), got ",
+              group.dropout_p);
+  if (group.dropout_p == 0) return;
+  check_threshold(group.op, group.threshold);
+  for (size_t i = 0; i < group.modules.size(); ++i) {
+    TORCH_CHECK(group.modules[i].seed.has_value(), group.where(i), ": seed must be given when dropout_p > 0, got None");
+  }
 }
 
 at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const OptionalTensors& biases,
                             const at::Tensor& x, const Group& group) {
+  check_dropout(group);
   for (size_t i = 0; i < ys.size(); ++i) {
     check_adapter(group.where(i), x, ys[i].size(1), group.modules[i], group.grouped);
   }
@@ -183,9 +220,9 @@ at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const O
   for (size_t i = 0; i < ys.size(); ++i) {
     const Adapter& adapter = group.modules[i];
     const at::Tensor& y = ys[i];
-    modules.push_back({adapter.A.size(0), first_column, y.size(1), pack(adapter.A), pack(adapter.B.t()),
-                       biases[i].has_value() ? pack(biases[i]->unsqueeze(0)) : Packed{}, rank_factors(adapter),
-                       dropout_of_module(group, i), static_cast<char*>(y.mutable_data_ptr()), y.stride(0),
+    modules.push_back({adapter.A.size(0), first_column, y.size(1), pack(adapter.A), pack(adapter.B, true),
+                       pack_bias(biases[i]), rank_factors(adapter),
+                       dropout_of(group, adapter), static_cast<char*>(y.mutable_data_ptr()), y.stride(0),
                        y.stride(0) * static_cast<int64_t>(y.element_size())});
     first_column += adapter.A.size(0);
     N_all += y.size(1);
@@ -206,9 +243,11 @@ at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const O
       std::optional<Rows> shared;  // without dropout all modules see the same x
       for (const ForwardModule& module : modules) {
         if (module.R == 0) continue;
-        const uint32_t* mask = module.dropout ? ws.mask : nullptr;
-        if (module.dropout) kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
-        if (mask != nullptr || !shared) shared = x_tiles.tile(m0, k0, rows, cols, mask, ws);
+        if (module.dropout) {
+          shared = x_tiles.dropped(*module.dropout, m0, k0, rows, cols, false, ws);
+        } else if (!shared) {
+          shared = x_tiles.plain(m0, k0, rows, cols, ws);
+        }
         kernel.shrink(*shared, rows, cols, module.A.data + k0, module.A.stride, module.R,
                       {ws.S.data() + module.first_column, R_all});
       }
@@ -255,6 +294,7 @@ struct BackwardModule {
 
 DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor& x, const at::Tensor& S,
                                     const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+  check_dropout(group);
   const size_t n_modules = group.modules.size();
   DeltaGradients out{at::Tensor(), OptionalTensors(n_modules), OptionalTensors(n_modules), OptionalTensors(n_modules)};
   bool any_dy = false;
@@ -294,12 +334,11 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
       continue;
     }
     const bool make_G = wanted[i].dB || wanted[i].dE, make_dS = need_dx || wanted[i].dA;
-    const auto dropout = dropout_of_module(group, i);
     if (!make_G && !make_dS) continue;
     const int64_t N = dys[i]->size(1);
     modules.push_back({i, R, N, S_rows.const_data_ptr<float>() + first_column, TileSource(*dys[i]),
-                       need_dx ? pack(adapter.A) : Packed{}, make_dS ? pack(adapter.B.t()) : Packed{},
-                       rank_factors(adapter), dropout, wanted[i], make_G, make_dS, dS_columns, {}, {}});
+                       need_dx ? pack(adapter.A) : Packed{}, make_dS ? pack(adapter.B, true) : Packed{},
+                       rank_factors(adapter), dropout_of(group, adapter), wanted[i], make_G, make_dS, dS_columns, {}, {}});
     dS_columns += make_dS ? R : 0;
     work += M * R * (K + N);
     part_size += R * ((make_G ? padded_stride(N) : 0) + (wanted[i].dA ? padded_stride(K) : 0));
@@ -332,7 +371,7 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
     const RankRows dS = {ws.S.data() + module.first_dS, dS_columns};
     for (int64_t n0 = 0; n0 < module.N; n0 += kTileCols) {
       const int64_t cols = std::min(kTileCols, module.N - n0);
-      const Rows dy = module.dy.tile(m0, n0, rows, cols, nullptr, ws);
+      const Rows dy = module.dy.plain(m0, n0, rows, cols, ws);
       if (module.make_dS) kernel.shrink(dy, rows, cols, module.B.data + n0, module.B.stride, module.R, dS);
       if (module.make_G) {
         kernel.accumulate(S_tile, dy, rows, cols, module.R, module.G.chunk(chunk) + n0, module.G.stride());
@@ -350,13 +389,16 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
       for (const BackwardModule& module : modules) {
         if (!module.make_dS) continue;
         const RankRows dS = {ws.S.data() + module.first_dS, dS_columns};
-        const uint32_t* mask = module.dropout ? ws.mask : nullptr;
-        if (module.dropout) kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
         if (module.wanted.dA) {
-          kernel.accumulate(dS, x_tiles.tile(m0, k0, rows, cols, mask, ws), rows, cols, module.R,
-                            module.dA.chunk(chunk) + k0, module.dA.stride());
+          const Rows dropped = module.dropout
+                                   ? x_tiles.dropped(*module.dropout, m0, k0, rows, cols, need_dx, ws)
+                                   : x_tiles.plain(m0, k0, rows, cols, ws);
+          kernel.accumulate(dS, dropped, rows, cols, module.R, module.dA.chunk(chunk) + k0, module.dA.stride());
+        } else if (module.dropout) {
+          kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
         }
         if (need_dx) {
+          const uint32_t* mask = module.dropout ? ws.mask : nullptr;
           kernel.expand(dS, rows, cols, module.A.data + k0, module.A.stride, module.R, nullptr, mask,
                         dx_data + (m0 * K + k0) * element_size, dtype, K, add);
         }
@@ -375,6 +417,7 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
       for (int64_t t = c * tiles_per_chunk; t < last; ++t) {
         const int64_t m0 = t * kTileRows, rows = std::min(kTileRows, M - m0);
         std::fill(ws.S.begin(), ws.S.end(), 0.0f);
+        if (dS_columns > 0) x_tiles.prefetch(m0, 0, rows, std::min(kTileCols, K));
         for (const BackwardModule& module : modules) read_dy(module, c, m0, rows, ws);
         if (dS_columns > 0) write_dx_and_dA(c, m0, rows, ws);
       }

@@ -24,30 +24,6 @@ void check_bias(const Where& where, const at::Tensor& x, const at::Tensor& bias,
               bias.scalar_type(), " ", bias.sizes());
 }
 
-std::tuple<std::vector<at::Tensor>, at::Tensor> forward(const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                                                        const OptionalTensors& biases, const Group& group) {
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_weight(group.where(i), x, weights[i]);
-    if (biases[i].has_value()) check_bias(group.where(i), x, *biases[i], weights[i].size(0));
-  }
-  std::vector<at::Tensor> ys;
-  for (const at::Tensor& weight : weights) ys.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
-  const at::Tensor S = lora_expand_into(ys, false, biases, x, group);
-  for (size_t i = 0; i < ys.size(); ++i) ys[i].addmm_(x, weights[i].t());
-  return {ys, S};
-}
-
-GroupGradients backward(const OptionalTensors& dys, const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                        const at::Tensor& S, const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
-  for (size_t i = 0; i < weights.size(); ++i) check_weight(group.where(i), x, weights[i]);
-  auto [dx, dAs, dBs, dEs] = lora_delta_gradients(dys, x, S, group, need_dx, wanted);
-  if (!dx.defined()) return {std::nullopt, dAs, dBs, dEs};
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (dys[i].has_value()) dx.addmm_(*dys[i], weights[i]);
-  }
-  return {dx, dAs, dBs, dEs};
-}
-
 Group group_of(const char* op, const std::vector<at::Tensor>& weights, const std::vector<at::Tensor>& As,
                const std::vector<at::Tensor>& Bs, const OptionalTensors& rank_scales,
                const std::vector<double>& scalings, double dropout_p, int64_t threshold, const OptionalSeeds& seeds) {
@@ -62,13 +38,37 @@ Group group_of(const char* op, const std::vector<at::Tensor>& weights, const std
   if (seeds.has_value()) check("seeds", seeds->size());
   Group group{op, true, {}, dropout_p, threshold};
   for (size_t i = 0; i < n; ++i) {
-    group.modules.push_back(
-        {As[i], Bs[i], rank_scales[i], scalings[i], seeds.has_value() ? std::optional((*seeds)[i]) : std::nullopt});
+    const auto seed = seeds.has_value() ? std::optional(seed_value(op, (*seeds)[i])) : std::nullopt;
+    group.modules.push_back({As[i], Bs[i], rank_scales[i], scalings[i], seed});
   }
   return group;
 }
 
 }  // namespace
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                                                        const OptionalTensors& biases, const Group& group) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_weight(group.where(i), x, weights[i]);
+    if (biases[i].has_value()) check_bias(group.where(i), x, *biases[i], weights[i].size(0));
+  }
+  std::vector<at::Tensor> ys;
+  for (const at::Tensor& weight : weights) ys.push_back(at::empty({x.size(0), weight.size(0)}, x.options()));
+  const at::Tensor S = lora_expand_into(ys, false, biases, x, group);
+  for (size_t i = 0; i < ys.size(); ++i) ys[i].addmm_(x, weights[i].t());
+  return {ys, S};
+}
+
+GroupGradients lora_group_gradients(const OptionalTensors& dys, const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                        const at::Tensor& S, const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+  for (size_t i = 0; i < weights.size(); ++i) check_weight(group.where(i), x, weights[i]);
+  auto [dx, dAs, dBs, dEs] = lora_delta_gradients(dys, x, S, group, need_dx, wanted);
+  if (!dx.defined()) return {std::nullopt, dAs, dBs, dEs};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (dys[i].has_value()) dx.addmm_(*dys[i], weights[i]);
+  }
+  return {dx, dAs, dBs, dEs};
+}
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
                                                    const std::optional<at::Tensor>& bias, const at::Tensor& A,
@@ -76,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
                                                    double scaling, double dropout_p, int64_t threshold,
                                                    const std::optional<at::Tensor>& seed) {
   const PlainDispatch plain;
-  auto [ys, S] = forward(x, {weight}, {bias},
+  auto [ys, S] = lora_group_forward(x, {weight}, {bias},
                          group_of_one("lora_linear", A, B, rank_scale, scaling, dropout_p, threshold, seed));
   return {ys[0], S};
 }
@@ -88,7 +88,7 @@ Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, co
                                    bool need_dB, bool need_dE) {
   const PlainDispatch plain;
   const Group group = group_of_one("lora_linear_backward", A, B, rank_scale, scaling, dropout_p, threshold, seed);
-  auto [dx, dAs, dBs, dEs] = backward({dy}, x, {weight}, S, group, need_dx, {{need_dA, need_dB, need_dE}});
+  auto [dx, dAs, dBs, dEs] = lora_group_gradients({dy}, x, {weight}, S, group, need_dx, {{need_dA, need_dB, need_dE}});
   return {dx, dAs[0], dBs[0], dEs[0]};
 }
 
@@ -100,7 +100,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_cpu(
   const char* op = "lora_group";
   TORCH_CHECK(biases.size() == weights.size(), op, ": biases must be as long as weights, ", weights.size(), ", got ",
               biases.size());
-  return forward(x, weights, biases,
+  return lora_group_forward(x, weights, biases,
                  group_of(op, weights, As, Bs, rank_scales, scalings, dropout_p, threshold, seeds));
 }
 
@@ -120,7 +120,7 @@ GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const at::Ten
               need_dA.size(), ", ", need_dB.size(), " and ", need_dE.size());
   std::vector<Wanted> wanted;
   for (size_t i = 0; i < n; ++i) wanted.push_back({need_dA[i], need_dB[i], need_dE[i]});
-  return backward(dys, x, weights, S, group, need_dx, wanted);
+  return lora_group_gradients(dys, x, weights, S, group, need_dx, wanted);
 }
 
 }  // namespace adaptlora

@@ -52,38 +52,45 @@ ADAPTLORA_INLINE void interleave(const PhiloxBlock& c, vu& even, vu& odd) {
   odd = __builtin_shufflevector(c01, c23, ADAPTLORA_HIGH_WORDS);
 }
 
-// The masks of kBlocks rows from `row` at the counters `column`.
-template <int kBlocks>
-ADAPTLORA_INLINE void mask_rows(vu64 column, int64_t row, const PhiloxKeys& keys, int32_t threshold, uint32_t* mask) {
-  PhiloxBlock blocks[kBlocks];
-  ADAPTLORA_UNROLL
-  for (int i = 0; i < kBlocks; ++i) blocks[i] = {column, vu64{} + uint64_t(uint32_t(row + i)), vu64{}, vu64{}};
-  philox4x32_10(blocks, keys);
-  ADAPTLORA_UNROLL
-  for (int i = 0; i < kBlocks; ++i) {
-    vu first, second;
-    interleave(blocks[i], first, second);
-    store_raw(mask + i * kTileStride, (vi)(first >> 8) > threshold - 1);
-    store_raw(mask + i * kTileStride + kLanes, (vi)(second >> 8) > threshold - 1);
-  }
-}
-
-void dropout_mask(const Dropout& dropout, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask) {
+// Calls body(m, c, keep) for every row m and every kLanes columns from c of a mask, where keep is ~0 or 0 in each lane.
+template <class Body>
+ADAPTLORA_INLINE void for_mask(const Dropout& dropout, int64_t row, int64_t col, int64_t rows, int64_t cols,
+                               const Body& body) {
   constexpr int kCounters = kLanes / 2;
   // Even lanes hold the first half of the counters, odd lanes the second: interleave() then leaves them in order.
   vu64 lane_counter;
   for (int i = 0; i < kCounters; ++i) lane_counter[i] = i / 2 + (i % 2) * (kCounters / 2);
-
   const PhiloxKeys keys(dropout.key0, dropout.key1);
-  for (int64_t c = 0; c < cols; c += 4 * kCounters) {
+  const vi below = vi{} + (dropout.threshold - 1);
+
+  const auto visit_rows = [&]<int kBlocks>(vu64 column, int64_t m, int64_t c) ADAPTLORA_INLINE_LAMBDA {
+    PhiloxBlock blocks[kBlocks];
+    ADAPTLORA_UNROLL
+    for (int i = 0; i < kBlocks; ++i) {
+      blocks[i] = {column, vu64{} + uint64_t(uint32_t(row + m + i)), vu64{}, vu64{}};
+    }
+    philox4x32_10(blocks, keys);
+    ADAPTLORA_UNROLL
+    for (int i = 0; i < kBlocks; ++i) {
+      vu first, second;
+      interleave(blocks[i], first, second);
+      body(m + i, c, (vi)(first >> 8) > below);
+      if (c + kLanes < cols) body(m + i, c + kLanes, (vi)(second >> 8) > below);
+    }
+  };
+  for (int64_t c = 0; c < cols; c += 2 * kLanes) {
     const vu64 column = lane_counter + uint64_t((col + c) / 4);
     // Rows innermost: what the first three rounds compute from the column alone is then hoisted out of the loop.
     int64_t m = 0;
-    for (; m + kPhiloxRows <= rows; m += kPhiloxRows) {
-      mask_rows<kPhiloxRows>(column, row + m, keys, dropout.threshold, mask + m * kTileStride + c);
-    }
-    for (; m < rows; ++m) mask_rows<1>(column, row + m, keys, dropout.threshold, mask + m * kTileStride + c);
+    for (; m + kPhiloxRows <= rows; m += kPhiloxRows) visit_rows.template operator()<kPhiloxRows>(column, m, c);
+    for (; m < rows; ++m) visit_rows.template operator()<1>(column, m, c);
   }
+}
+
+void dropout_mask(const Dropout& dropout, int64_t row, int64_t col, int64_t rows, int64_t cols, uint32_t* mask) {
+  for_mask(dropout, row, col, rows, cols, [&](int64_t m, int64_t c, vi keep) ADAPTLORA_INLINE_LAMBDA {
+    store_raw(mask + m * kTileStride + c, keep);
+  });
 }
 
 }  // namespace

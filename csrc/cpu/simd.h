@@ -10,6 +10,7 @@
 #endif
 
 #define ADAPTLORA_INLINE static inline __attribute__((always_inline))
+#define ADAPTLORA_INLINE_LAMBDA __attribute__((always_inline))
 #define ADAPTLORA_UNROLL _Pragma("GCC unroll 16")
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the dropout bits are laid out for little-endian machines");
@@ -38,7 +39,8 @@ ADAPTLORA_INLINE void store_raw(T* p, V v) {
 }
 
 // v where the mask is ~0, and 0 where it is 0.
-ADAPTLORA_INLINE vf masked(vf v, const uint32_t* mask) { return (vf)((vu)v & load_raw<vu>(mask)); }
+ADAPTLORA_INLINE vf masked(vf v, vi mask) { return (vf)((vi)v & mask); }
+ADAPTLORA_INLINE vf masked(vf v, const uint32_t* mask) { return masked(v, load_raw<vi>(mask)); }
 ADAPTLORA_INLINE vu select(vi mask, vu a, vu b) { return (a & (vu)mask) | (b & ~(vu)mask); }
 
 struct bf16 {
