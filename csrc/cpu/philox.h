@@ -44,12 +44,13 @@ ADAPTLORA_INLINE void philox4x32_10(PhiloxBlock (&c)[kBlocks], const PhiloxKeys&
   }
 }
 
-// c0 c1 c2 c3 of each counter side by side: first those of the counters in even lanes, then those in odd lanes.
+// c0 c1 c2 c3 of each counter side by side: first those of the counters in even lanes, then those in odd lanes. As floats,
+// for which there is one instruction that picks from two vectors; nothing looks at their values.
 ADAPTLORA_INLINE void interleave(const PhiloxBlock& c, vu& even, vu& odd) {
-  const vu c01 = __builtin_shufflevector((vu)c.c0, (vu)c.c1, ADAPTLORA_LOW_WORDS);
-  const vu c23 = __builtin_shufflevector((vu)c.c2, (vu)c.c3, ADAPTLORA_LOW_WORDS);
-  even = __builtin_shufflevector(c01, c23, ADAPTLORA_LOW_WORDS);
-  odd = __builtin_shufflevector(c01, c23, ADAPTLORA_HIGH_WORDS);
+  const vf c01 = __builtin_shufflevector((vf)c.c0, (vf)c.c1, ADAPTLORA_LOW_WORDS);
+  const vf c23 = __builtin_shufflevector((vf)c.c2, (vf)c.c3, ADAPTLORA_LOW_WORDS);
+  even = (vu)__builtin_shufflevector(c01, c23, ADAPTLORA_LOW_WORDS);
+  odd = (vu)__builtin_shufflevector(c01, c23, ADAPTLORA_HIGH_WORDS);
 }
 
 // Calls body(m, c, keep) for every row m and every kLanes columns from c of a mask, where keep is ~0 or 0 in each lane.
