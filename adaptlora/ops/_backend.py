@@ -91,14 +91,14 @@ def kernels(tensor: torch.Tensor, op: str):
 
 def direct(tensor):
     """
-    The extension, for an eager call whose main operand is `tensor`, or None where other kernels run.
+    The extension, for an eager call whose main operand is `tensor`, or None where something else may have to run.
 
     Its `*_direct` functions take a call as the public functions get it, gradients included, without the dispatcher; they return
-    None, having done nothing, for calls that are not plain (see csrc/direct.h).
+    None, having done nothing, for calls that are not plain (see csrc/direct.h). Those go on through the dispatcher and `choose`.
     """
-    if torch.compiler.is_compiling() or not isinstance(tensor, torch.Tensor):
+    if torch.compiler.is_compiling() or not isinstance(tensor, torch.Tensor) or not tensor.is_cpu:
         return None
-    return extension() if choose(tensor) == "cpp" else None
+    return extension() if (os.environ.get("ADAPTLORA_BACKEND") or "cpp") == "cpp" else None
 
 
 def explain() -> list[tuple[str, str]]:
