@@ -14,7 +14,7 @@ import weakref
 import torch
 from torch import nn
 
-from .ops.rank_gather import rank_gather
+from .ops.rank_gather import gather_rows
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -24,15 +24,22 @@ def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if name == "lora_A" else tensor.t()
 
 
+def _is_range(rows: list[int]) -> bool:
+    """Whether `rows` is 0, 1, …, len(rows) − 1."""
+    return all(row == i for i, row in enumerate(rows))
+
+
 def _is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
     """Whether `rows` still are the first rows of `store` in memory: `module.to()` and `load_state_dict` can part them."""
-    return (
-        rows.dtype == store.dtype
-        and rows.device == store.device
-        and rows.untyped_storage().data_ptr() == store.untyped_storage().data_ptr()
-        and rows.storage_offset() == store.storage_offset()
-        and rows.shape[0] <= store.shape[0]
-    )
+    if rows is store:
+        return True
+    if rows.dtype != store.dtype or rows.device != store.device or rows.shape[0] > store.shape[0]:
+        return False
+    if rows.numel():
+        return rows.data_ptr() == store.data_ptr()
+    # An empty tensor has no address of its own.
+    same_memory = rows.untyped_storage().data_ptr() == store.untyped_storage().data_ptr()
+    return same_memory and rows.storage_offset() == store.storage_offset()
 
 
 def uniform_rows(count: int, K: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -54,11 +61,12 @@ class _Slot:
 
     def choose(self, rows: list[int], compact: bool = False) -> None:
         """Plan the new store: a view of the old one if `rows` are its first and `compact` would free nothing more."""
-        kept = self.store[: len(rows)]
-        if rows != list(range(len(rows))) or (compact and kept.untyped_storage().nbytes() > kept.nbytes):
+        store, count = self.store, len(rows)
+        frees = compact and store.untyped_storage().nbytes() > count * store.shape[1] * store.element_size()
+        if frees or not _is_range(rows):
             self.rows = rows
-        else:
-            self.store = kept
+        elif count < store.shape[0]:
+            self.store = store[:count]
 
 
 @dataclasses.dataclass
@@ -77,8 +85,9 @@ class RankPlan:
         """The pair takes its new stores, which must be there: this allocates nothing that could fail."""
         pair = self.pair
         for slot in self.slots:
-            active = _rows(slot.factor, slot.store[: self.rank])
-            parameter = getattr(pair, slot.factor)
+            store = slot.store
+            active = _rows(slot.factor, store if store.shape[0] == self.rank else store[: self.rank])
+            parameter = pair._parameters[slot.factor]
             if slot.optimizer is None:
                 pair._stores[slot.factor] = slot.store
                 grad = self.grads.get(slot.factor)
@@ -96,7 +105,7 @@ def _commit(plans: list[RankPlan]) -> None:
             if slot.rows is not None:
                 moving.setdefault(slot.store.device, []).append(slot)
     for slots in moving.values():
-        stores = rank_gather([slot.store for slot in slots], [slot.rows for slot in slots])
+        stores = gather_rows([slot.store for slot in slots], [slot.rows for slot in slots])
         for slot, store in zip(slots, stores, strict=True):
             if slot.drawn is not None:
                 store[-len(slot.drawn) :].copy_(slot.drawn)
@@ -105,12 +114,16 @@ def _commit(plans: list[RankPlan]) -> None:
         plan.assign()
 
 
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def _assign(parameter: nn.Parameter, data: torch.Tensor, grad: torch.Tensor | None) -> None:
     parameter.grad = None
     if parameter.shape != data.shape:
         # A graph that is still alive keeps a gradient accumulator of the old shape; torch drops it only with a change of dtype.
-        other = torch.float16 if data.dtype != torch.float16 else torch.float32
-        parameter.data = torch.empty(0, dtype=other, device=data.device)
+        parameter.data = _nothing(torch.float16 if data.dtype != torch.float16 else torch.float32, data.device)
     parameter.data = data
     parameter.grad = grad
 
@@ -165,20 +178,23 @@ class RankedPair(nn.Module):
         return list(self._tracked)
 
     def _data_slot(self, name: str) -> _Slot:
-        rows, store = _rows(name, getattr(self, name).data), self._stores[name]
+        rows, store = _rows(name, self._parameters[name].data), self._stores[name]
         if not _is_prefix(rows, store):
             store = _rejoin(rows, store)
         return _Slot(name, store)
 
     def _state_slots(self, name: str):
-        parameter = getattr(self, name)
+        parameter = self._parameters[name]
+        shape = parameter.shape
         for optimizer, stores in self._tracked.items():
             for key, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, torch.Tensor) or (value.numel() == 1 and value.shape != parameter.shape):
+                if not isinstance(value, torch.Tensor):
                     continue
-                if value.shape != parameter.shape:
+                if value.shape != shape:
+                    if value.numel() == 1:
+                        continue
                     raise TypeError(
-                        f"rank change: optimizer state must be shaped like its parameter, {tuple(parameter.shape)}, to follow the "
+                        f"rank change: optimizer state must be shaped like its parameter, {tuple(shape)}, to follow the "
                         f"rank; {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)}"
                     )
                 rows = _rows(name, value)
@@ -208,10 +224,13 @@ class RankedPair(nn.Module):
             raise ValueError(f"rank change: order must be a permutation of range({self.rank}), got {list(order)}")
         order = list(range(self.rank)) if order is None else list(order)
 
-        @functools.cache
+        lists: dict[int, list[int]] = {}
+
         def rows_of(held: int) -> list[int]:
-            rows = [*order, *range(len(order), held), *[-1] * (rank - held)]
-            return rows[:rank] if compact else rows
+            if held not in lists:
+                rows = [*order, *range(len(order), held), *[-1] * (rank - held)]
+                lists[held] = rows[:rank] if compact else rows
+            return lists[held]
 
         slots, grads = [], {}
         for name in FACTORS:
@@ -221,7 +240,7 @@ class RankedPair(nn.Module):
                 if rank > held and name == "lora_A" and slot.optimizer is None:
                     slot.drawn = uniform_rows(rank - held, width, generator)
                 slots.append(slot)
-            grad = getattr(self, name).grad
+            grad = self._parameters[name].grad
             if grad is not None:
                 grads[name] = _Slot(name, _rows(name, grad.detach()))
                 # A gradient has no parked rows to keep, and what a narrower one leaves behind is freed at once.

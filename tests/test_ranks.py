@@ -290,20 +290,20 @@ def test_running_out_of_memory_while_planning_changes_nothing(monkeypatch):
 
 @pytest.fixture
 def gathers(monkeypatch):
-    """How many tensors each call of rank_gather moved; `fail_on` a device makes its call run out of memory."""
+    """How many tensors each gather moved; `fail_on` a device makes its call run out of memory."""
 
     class Calls(list):
         fail_on = None
 
-    calls, rank_gather = Calls(), ranks.rank_gather
+    calls, gather_rows = Calls(), ranks.gather_rows
 
     def counted(sources, rows):
         calls.append(len(sources))
         if sources[0].device.type == calls.fail_on:
             raise RuntimeError("out of memory")
-        return rank_gather(sources, rows)
+        return gather_rows(sources, rows)
 
-    monkeypatch.setattr(ranks, "rank_gather", counted)
+    monkeypatch.setattr(ranks, "gather_rows", counted)
     return calls
 
 
