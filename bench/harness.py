@@ -25,7 +25,7 @@ Provider = Callable[[], object]
 
 
 class Interleaved:
-    """Calls the providers in turn and keeps their times."""
+    """Calls the providers in turn and keeps their times. A provider's `prepare()`, if it has one, comes first and is not timed."""
 
     def __init__(self, providers: dict[str, Provider]):
         self.providers = list(providers.items())
@@ -50,9 +50,24 @@ class Interleaved:
         gc.collect()
         gc.disable()
         for name, run in self.providers:
+            if hasattr(run, "prepare"):
+                run.prepare()
             self.samples[name].append(self._elapsed(run))
         gc.enable()
         self.providers = [*rest, first]
+
+
+def peak_bytes(run: Provider) -> int:
+    """Most bytes of tensors on the CPU at once in a call, beyond those that were there before it."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -91,10 +106,11 @@ class Comparison:
         }
 
     def table(self) -> Table:
-        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items() if not isinstance(value, dict))
+        peaks = self.facts.get("peak MiB", {})
         table = Table(title=f"{self.case}{facts and f'  ({facts})'}", title_justify="left")
         table.add_column("provider")
-        for column in ("median ms", "quartiles", "ratio", "quartiles"):
+        for column in ("median ms", "quartiles", "ratio", "quartiles", *(["peak MiB"] if peaks else [])):
             table.add_column(column, justify="right")
         for name, row in self.summary()["providers"].items():
             table.add_row(
@@ -103,6 +119,7 @@ class Comparison:
                 "{:.3f} – {:.3f}".format(*row["quartiles_ms"]),
                 f"{row['ratio']:.3f}",
                 "{:.3f} – {:.3f}".format(*row["ratio_quartiles"]),
+                *([str(peaks.get(name, ""))] if peaks else []),
             )
         for name, reason in self.unavailable.items():
             table.add_row(name, f"not run: {reason}")
