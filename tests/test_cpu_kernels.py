@@ -1,78 +1,28 @@
-"""The functions of adaptlora._C against float64 torch and an independent Philox, both written out below."""
+"""The functions of adaptlora._C against float64 torch and an independent Philox; lora_group: test_cpu_group.py."""
 
-import functools
 import os
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cpu_reference import (
+    FLOAT_DTYPES,
+    SCALING,
+    SEED,
+    inputs,
+    keep_mask,
+    philox4x32_10,
+    references,
+    thread_count_restored,  # noqa: F401
+    threshold_of,
+)
 from numerics import assert_accurate, assert_all_accurate, laid_out
 
 _C = pytest.importorskip("adaptlora._C")
-
-FLOAT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SEED = 0x1234_5678_9ABC_DEF1
-SCALING = 0.75
-
-
-# ---- references
-
-
-def philox4x32_10(counter, key):
-    """counter: four uint64 arrays holding 32-bit values, key: two ints -> four such arrays [Salmon et al., 2011]."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    low = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    for _ in range(10):
-        p0 = c0 * np.uint64(0xD2511F53)
-        p1 = c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-@functools.cache
-def dropout_bits(seed, M, K):
-    """(M, K) uint64: the 32 random bits of every element."""
-    column, row = np.meshgrid(np.arange((K + 3) // 4, dtype=np.uint64), np.arange(M, dtype=np.uint64))
-    zero = np.zeros_like(row)
-    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
-    return np.stack(philox4x32_10((column, row, zero, zero), key), axis=-1).reshape(M, -1)[:, :K]
-
-
-def threshold_of(p):
-    return round(p * 2**24)
-
-
-def keep_mask(seed, M, K, threshold):
-    return torch.from_numpy((dropout_bits(seed, M, K) >> np.uint64(8)) >= threshold)
-
-
-def reference(x, weight, bias, A, B, E, p, seed, dy, dtype=torch.float64):
-    """y, S and all gradients as the equations say, in `dtype`."""
-    x, weight, A, B, dy = (t.to(dtype) for t in (x, weight, A, B, dy))
-    E = torch.ones(len(A), dtype=dtype) if E is None else E.to(dtype)
-    e = SCALING * E
-    mask = keep_mask(seed, *x.shape, threshold_of(p)) if p > 0 else torch.ones_like(x, dtype=torch.bool)
-    xd = torch.where(mask, x / (1 - p), 0)
-    S = xd @ A.T
-    y = x @ weight.T + (S * e) @ B.T
-    if bias is not None:
-        y = y + bias.to(dtype)
-    dS = (dy @ B) * e
-    G = dy.T @ S
-    return {
-        "y": y,
-        "S": S,
-        "dx": dy @ weight + torch.where(mask, dS @ A / (1 - p), 0),
-        "dA": dS.T @ xd,
-        "dB": G * e,
-        "dE": SCALING * (G * B).sum(0),
-    }
-
 
 # ---- running and comparing
 
@@ -91,36 +41,10 @@ def run(x, weight, bias, A, B, E, p, seed, dy, need=(True,) * 4):
 def check(args, thread_count=1, run=run):
     torch.set_num_threads(thread_count)
     out = run(*args)
-    ref, in_float32 = reference(*args), reference(*args, dtype=torch.float32)
-    x, A, B, E = (args[i] for i in (0, 3, 4, 5))
-    in_x_dtype = in_float32 if x.dtype == torch.float32 else reference(*args, dtype=x.dtype)
-    dtypes = {"y": x, "S": torch.empty(0), "dx": x, "dA": A, "dB": B, "dE": E}
-    eager = {name: (in_x_dtype if name in ("y", "dx") else in_float32)[name].to(dtypes[name].dtype) for name in out}
-    assert_all_accurate(out, {name: ref[name] for name in out}, eager)
+    exact, eager = references(*args)
+    assert_all_accurate(out, {name: exact[name] for name in out}, {name: eager[name] for name in out})
     assert out["dA"].is_contiguous() and out["dB"].t().is_contiguous()
     return out
-
-
-def inputs(M, K, N, R, dtype=torch.float32, factor_dtype=None, p=0.0, bias=True, rank_scale=True):
-    g = torch.Generator().manual_seed(M + 7 * K + 13 * N + 31 * R)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g)
-
-    factor_dtype = factor_dtype or dtype
-    A = (normal(R, K) / K**0.5).to(factor_dtype)
-    B = normal(R, N).to(factor_dtype).t()
-    E = normal(R).to(factor_dtype) if rank_scale else None
-    b = normal(N).to(dtype) if bias else None
-    weight = (normal(N, K) / K**0.5).to(dtype)
-    return normal(M, K).to(dtype), weight, b, A, B, E, p, SEED, normal(M, N).to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def thread_count_restored(poisoned):
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 # ---- dropout
@@ -198,6 +122,22 @@ def test_lora_linear_without_rank_scale(dtype):
 def test_lora_linear_wider_than_a_tile(p):
     check(inputs(70, 1100, 1500, 5, p=p), thread_count=2)
     check(inputs(40, 1024, 2048, 8, p=p), thread_count=2)
+
+
+# Around whole vectors (16), register blocks (48, 64) and tiles (384), and more than one tile.
+WIDTHS = [1, 15, 16, 17, 47, 48, 49, 63, 65, 95, 96, 97, 383, 384, 385, 400, 768]
+# Around blocks of rows, which are 4 and 2, and a tile of 16.
+ROWS = [1, 2, 3, 4, 5, 15, 16, 17]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("R", range(1, 10))
+def test_lora_linear_ends_of_blocks(R, p):
+    # Each width is K once for each number of rows, with another N each time. dE of few ranks may cancel: see above.
+    for (i, K), (j, M) in product(enumerate(WIDTHS), enumerate(ROWS)):
+        N = WIDTHS[(5 * i + 3 * j + R) % len(WIDTHS)]
+        dtype = FLOAT_DTYPES[(i + j + R) % 3]
+        check(inputs(M, K, N, R, dtype, torch.float32, p, bias=(i + j) % 2 == 0, rank_scale=R > 2))
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -485,13 +425,14 @@ def import_with_isa(level):
 @pytest.mark.skipif("ADAPTLORA_ISA" in os.environ, reason="already inside a run with a chosen ISA")
 @pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
 def test_isa_level(level):
-    """This file again, its size grid apart, with the kernels of another instruction set."""
+    """This file, its size grid apart, and the group's again with the kernels of another instruction set."""
     if level == _C.isa():
         pytest.skip("is what this run uses")
     if import_with_isa(level).returncode != 0:
         pytest.skip(f"this machine cannot run {level}")
+    group_tests = Path(__file__).with_name("test_cpu_group.py")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not grid"],
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, group_tests, "-k", "not grid"],
         env=os.environ | {"ADAPTLORA_ISA": level},
         capture_output=True,
         text=True,
