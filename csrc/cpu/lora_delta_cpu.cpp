@@ -237,7 +237,7 @@ at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const O
 
   const auto run_tile = [&](int64_t m0, Workspace& ws) {
     const int64_t rows = std::min(kTileRows, M - m0);
-    std::memset(ws.S.data(), 0, rows * R_all * sizeof(float));
+    std::fill(ws.S.begin(), ws.S.end(), 0.0f);
     for (int64_t k0 = 0; k0 < K; k0 += kTileCols) {
       const int64_t cols = std::min(kTileCols, K - k0);
       std::optional<Rows> shared;  // without dropout all modules see the same x
