@@ -1,11 +1,13 @@
 #include "autograd.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 
-#include <cmath>
+#include <algorithm>
 
 #include "cpu/host.h"
+#include "plain.h"
 
 namespace adaptlora {
 namespace {
@@ -31,6 +33,19 @@ variable_list without_second_derivative(const char* op, variable_list grads) {
     if (grad.defined()) grad.requires_grad_();
   }
   return node.apply(std::move(grads));
+}
+
+// The op of this name on the operands: what a backward does whose surroundings or upstream gradients are not plain, which
+// those of a plain forward may well be (a FLOP counter around the backward, batched or lazily negated gradients).
+torch::jit::Stack call_op(const char* name, torch::jit::Stack operands) {
+  c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(operands);
+  return operands;
+}
+
+bool all_plain(const variable_list& tensors) {
+  return plain_context() && std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) {
+           return !t.defined() || is_plain(t);
+         });
 }
 
 class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
@@ -80,7 +95,6 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
     const size_t n_scales = saved.size() - 2 - 3 * n;
 
     Group group{"lora_group_backward", true, {}, dropout_p, dropout_threshold(dropout_p)};
-    OptionalTensors dys_2d(n);
     std::vector<Wanted> wanted(n);
     bool any = false;
     for (size_t i = 0, scale = 0; i < n; ++i) {
@@ -89,7 +103,6 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
                                dropout_p > 0 ? std::optional(seeds[i]) : std::nullopt});
       if (dys[i].defined()) {
         any = true;
-        dys_2d[i] = as_2d(dys[i]);
         wanted[i] = {ctx->needs_input_grad(1 + i), ctx->needs_input_grad(1 + n + i),
                      has && ctx->needs_input_grad(1 + 2 * n + scale)};
       }
@@ -97,10 +110,11 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
     }
     variable_list grads(1 + 2 * n + n_scales);
     if (any) {
-      const PlainDispatch plain;
-      auto [dx, dAs, dBs, dEs] = lora_group_gradients(dys_2d, as_2d(x), {weights, weights + n}, S, group,
-                                                      ctx->needs_input_grad(0), wanted);
-      if (dx.has_value()) grads[0] = x.dim() == 2 ? *dx : dx->view(x.sizes());
+      const bool need_dx = ctx->needs_input_grad(0);
+      auto [dx, dAs, dBs, dEs] = all_plain(dys) && all_plain(saved)
+                                     ? plain_gradients(dys, x, {weights, weights + n}, S, group, need_dx, wanted)
+                                     : dispatched_gradients(dys, x, {weights, weights + n}, S, group, need_dx, wanted);
+      if (dx.has_value()) grads[0] = *dx;
       for (size_t i = 0, scale = 0; i < n; ++i) {
         if (dAs[i].has_value()) grads[1 + i] = *dAs[i];
         if (dBs[i].has_value()) grads[1 + n + i] = *dBs[i];
@@ -111,6 +125,48 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
     grads = without_second_derivative("lora_group_backward", std::move(grads));
     grads.resize(grads.size() + 3);  // weights, biases and group
     return grads;
+  }
+
+ private:
+  static GroupGradients plain_gradients(const variable_list& dys, const at::Tensor& x,
+                                        const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
+                                        bool need_dx, const std::vector<Wanted>& wanted) {
+    const PlainDispatch plain;
+    OptionalTensors dys_2d;
+    for (const at::Tensor& dy : dys) dys_2d.push_back(dy.defined() ? std::optional(as_2d(dy)) : std::nullopt);
+    GroupGradients grads = lora_group_gradients(dys_2d, as_2d(x), weights, S, group, need_dx, wanted);
+    auto& dx = std::get<0>(grads);
+    if (dx.has_value() && x.dim() != 2) dx = dx->view(x.sizes());
+    return grads;
+  }
+
+  // Module after module: torch's fallbacks, for lazily negated tensors above all, do not look into a list of optional ones.
+  static GroupGradients dispatched_gradients(const variable_list& dys, const at::Tensor& x,
+                                             const std::vector<at::Tensor>& weights, const at::Tensor& S,
+                                             const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+    const size_t n = dys.size();
+    std::optional<at::Tensor> dx;
+    OptionalTensors dAs(n), dBs(n), dEs(n);
+    int64_t column = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const auto& [A, B, rank_scale, scaling, seed] = group.modules[i];
+      const at::Tensor S_i = S.narrow(1, column, A.size(0));
+      column += A.size(0);
+      if (!dys[i].defined()) continue;
+      const c10::IValue seed_value = seed ? c10::IValue(at::scalar_tensor(*seed, at::kLong)) : c10::IValue();
+      const std::vector<bool> need{need_dx, wanted[i].dA, wanted[i].dB, wanted[i].dE};
+      const auto grads = call_op("adaptlora::lora_linear_backward",
+                                 {dys[i], x, weights[i], S_i, A, B, rank_scale, seed_value, scaling, group.dropout_p,
+                                  c10::List<bool>({need[0], need[1], need[2], need[3]})});
+      const auto gradient = [&](size_t which) {
+        return need[which] ? std::optional(grads[which].toTensor()) : std::nullopt;
+      };
+      if (need_dx) dx = dx.has_value() ? *dx + *gradient(0) : *gradient(0);
+      dAs[i] = gradient(1);
+      dBs[i] = gradient(2);
+      dEs[i] = gradient(3);
+    }
+    return {dx, dAs, dBs, dEs};
   }
 };
 
@@ -139,8 +195,16 @@ class RankNormsFunction : public torch::autograd::Function<RankNormsFunction> {
       return at::where(norms > 0, grads[side] / norms, at::zeros({}, norms.options()));
     };
     const auto first = saved.begin();
-    auto [scaled, scaled_Bs] = rank_scale_cpu({first, first + n}, {first + n, first + 2 * n}, factors(0), factors(1));
-    append(scaled, scaled_Bs);
+    const std::vector<at::Tensor> As(first, first + n), Bs(first + n, first + 2 * n);
+    const at::Tensor factors_A = factors(0), factors_B = factors(1);
+    variable_list scaled;
+    if (all_plain(saved) && all_plain({factors_A, factors_B})) {
+      auto [scaled_As, scaled_Bs] = rank_scale_cpu(As, Bs, factors_A, factors_B);
+      scaled = std::move(scaled_As);
+      append(scaled, scaled_Bs);
+    } else {
+      scaled = call_op("adaptlora::rank_scale", {As, Bs, factors_A, factors_B})[0].toTensorVector();
+    }
     return without_second_derivative("rank_scale", std::move(scaled));
   }
 };

@@ -1,12 +1,7 @@
 #include "direct.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/InferenceMode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <cmath>
 #include <limits>
@@ -14,31 +9,18 @@
 
 #include "autograd.h"
 #include "cpu/host.h"
+#include "plain.h"
 
 namespace adaptlora {
 namespace {
 
 namespace py = pybind11;
 
-// Nothing that watches or changes calls of ops: modes of torch_dispatch (fake tensors, FLOP counters) and torch_function,
-// functorch's transforms, jit's tracer, autocast.
-bool plain_context() {
-  using c10::DispatchKey;
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
-         !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !c10::impl::tls_is_dispatch_key_included(DispatchKey::Functionalize) && !torch::jit::tracer::isTracing() &&
-         !at::autocast::is_autocast_enabled(at::kCPU);
-}
-
-// An exact torch.Tensor or Parameter (no subclass) whose memory holds its values: neither wrapped nor lazily negated.
+// An exact torch.Tensor or Parameter (no subclass) that is plain, of a dtype that has kernels.
 const at::Tensor* plain_tensor(py::handle object) {
-  static const c10::DispatchKeySet plain_keys = [] {
-    const c10::InferenceMode normal_mode(false);
-    return at::detail::empty_cpu({0}, at::TensorOptions(at::kFloat)).key_set();
-  }();
   if (!THPVariable_CheckExact(object.ptr())) return nullptr;
   const at::Tensor& t = THPVariable_Unpack(object.ptr());
-  return t.defined() && is_supported(t) && plain_keys.has_all(t.key_set()) ? &t : nullptr;
+  return is_plain(t) && is_supported(t) ? &t : nullptr;
 }
 
 bool frozen(const at::Tensor& t) { return !(at::GradMode::is_enabled() && t.requires_grad()); }
@@ -68,7 +50,7 @@ std::optional<int64_t> seed_number(py::handle object) {
   }
   if (!THPVariable_CheckExact(object.ptr())) return std::nullopt;
   const at::Tensor& t = THPVariable_Unpack(object.ptr());
-  const bool is_seed = t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kLong && t.dim() == 0;
+  const bool is_seed = is_plain(t) && t.scalar_type() == at::kLong && t.dim() == 0;
   return is_seed ? std::optional(*t.const_data_ptr<int64_t>()) : std::nullopt;
 }
 
