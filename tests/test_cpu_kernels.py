@@ -133,8 +133,10 @@ ROWS = [1, 2, 3, 4, 5, 15, 16, 17]
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("R", range(1, 10))
 def test_lora_linear_ends_of_blocks(R, p):
-    # Each width is K once for each number of rows, with another N each time. dE of few ranks may cancel: see above.
-    for (i, K), (j, M) in product(enumerate(WIDTHS), enumerate(ROWS)):
+    # Each width is K once for each number of rows, with another N each time. dE of few ranks, and dS where it is a single
+    # number, are sums that may cancel to any degree.
+    rows = [M for M in ROWS if M * R > 1]
+    for (i, K), (j, M) in product(enumerate(WIDTHS), enumerate(rows)):
         N = WIDTHS[(5 * i + 3 * j + R) % len(WIDTHS)]
         dtype = FLOAT_DTYPES[(i + j + R) % 3]
         check(inputs(M, K, N, R, dtype, torch.float32, p, bias=(i + j) % 2 == 0, rank_scale=R > 2))
