@@ -2,6 +2,7 @@
 
 It needs torch at build time (pip install --no-build-isolation) and a C++ compiler; without either, or with
 ADAPTLORA_NO_EXT=1, the package is installed without it and CPU tensors take the reference implementation.
+ADAPTLORA_SANITIZE=1 builds it for AddressSanitizer and UndefinedBehaviorSanitizer (make asan).
 """
 
 import os
@@ -40,12 +41,17 @@ def extension():
     headers = sorted(csrc.rglob("*.h"))
     # torch's wheels for Linux use libgomp; Apple's compiler has no OpenMP, and at::parallel_for is then serial.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    optimise, sanitize = ["-O3", "-g0"], []
+    if os.environ.get("ADAPTLORA_SANITIZE") == "1":
+        # Under Python's own -fwrapv signed overflow would be defined.
+        optimise = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-wrapv", "-D_GLIBCXX_ASSERTIONS"]
+        sanitize = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
     module = CppExtension(
         name="adaptlora._C",
         sources=[str(path.relative_to(root)) for path in sources],
         depends=[str(path.relative_to(root)) for path in headers],
-        extra_compile_args=["-O3", "-g0", "-ffp-contract=fast", "-Wall", *openmp],
-        extra_link_args=openmp,
+        extra_compile_args=[*optimise, *sanitize, "-ffp-contract=fast", "-Wall", *openmp],
+        extra_link_args=[*sanitize, *openmp],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 
