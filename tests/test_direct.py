@@ -753,6 +753,18 @@ def test_upstream_gradients_that_are_not_plain(kind):
         assert any(name.startswith("adaptlora::lora_") for name in seen.names)
 
 
+def test_upstream_gradients_of_a_group_that_are_not_plain():
+    samples = samples_of(group(*QKV))
+    expected = group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3])
+    samples[1]["dy"] = negated(samples[1]["dy"])
+    with watched() as took:
+        assert_same(group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3]), expected)
+        samples[1]["dy"] = torch._efficientzerotensor(samples[1]["dy"].shape)
+        out = group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3])
+    assert took == [True, True]
+    assert not out["dA1"].any() and torch.equal(out["dA0"], expected["dA0"])
+
+
 def test_seeds_that_are_not_plain():
     sample = Case().sample()
     seed = torch._neg_view(torch.tensor(5))
