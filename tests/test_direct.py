@@ -758,7 +758,9 @@ def test_upstream_gradients_of_a_group_that_are_not_plain():
     expected = group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3])
     samples[1]["dy"] = negated(samples[1]["dy"])
     with watched() as took:
-        assert_same(group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3]), expected)
+        out = group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3])
+        torch.testing.assert_close(out.pop("dx"), expected.pop("dx"))  # may be summed in another order
+        assert_same(out, expected)
         samples[1]["dy"] = torch._efficientzerotensor(samples[1]["dy"].shape)
         out = group_results(lora_group, samples, dropout_p=0.3, seeds=[1, 2, 3])
     assert took == [True, True]
