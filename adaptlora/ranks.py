@@ -7,7 +7,6 @@ their values and optimizer state and take no step. To narrow or to grow within t
 """
 
 import dataclasses
-import functools
 import math
 import weakref
 
@@ -114,16 +113,12 @@ def _commit(plans: list[RankPlan]) -> None:
         plan.assign()
 
 
-@functools.cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
-
-
 def _assign(parameter: nn.Parameter, data: torch.Tensor, grad: torch.Tensor | None) -> None:
     parameter.grad = None
     if parameter.shape != data.shape:
         # A graph that is still alive keeps a gradient accumulator of the old shape; torch drops it only with a change of dtype.
-        parameter.data = _nothing(torch.float16 if data.dtype != torch.float16 else torch.float32, data.device)
+        other = torch.float16 if data.dtype != torch.float16 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
     parameter.data = data
     parameter.grad = grad
 

@@ -2,7 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 
@@ -23,29 +23,18 @@ at::Tensor as_2d(const at::Tensor& t) {
   return t.reshape({t.numel() / width, width});
 }
 
-// Gradients are made outside of any graph. Where one of the gradients themselves is being built (create_graph), they get
-// a node that raises instead of a wrong second derivative.
-variable_list without_second_derivative(const char* op, variable_list grads) {
-  if (!at::GradMode::is_enabled()) return grads;
-  const std::string message = std::string("adaptlora::") + op + ": second derivatives are not implemented";
-  torch::autograd::DelayedError node(message, static_cast<int64_t>(grads.size()));
-  for (at::Tensor& grad : grads) {
-    if (grad.defined()) grad.requires_grad_();
-  }
-  return node.apply(std::move(grads));
-}
-
-// The op of this name on the operands: what a backward does whose surroundings or upstream gradients are not plain, which
-// those of a plain forward may well be (a FLOP counter around the backward, batched or lazily negated gradients).
+// The op of this name on the operands: what a backward does whose surroundings or upstream gradients are not plain, as
+// those of a plain forward need not be (a FLOP counter around the backward, batched or lazily negated gradients), and what it
+// does with create_graph: the op has a gradient of its own, which says that there is no second derivative.
 torch::jit::Stack call_op(const char* name, torch::jit::Stack operands) {
   c10::Dispatcher::singleton().findSchemaOrThrow(name, "").callBoxed(operands);
   return operands;
 }
 
+bool plain_backward() { return !at::GradMode::is_enabled() && plain_context(); }
+
 bool all_plain(const variable_list& tensors) {
-  return plain_context() && std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) {
-           return !t.defined() || is_plain(t);
-         });
+  return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return !t.defined() || is_plain(t); });
 }
 
 class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
@@ -54,6 +43,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, at::TensorList As, at::TensorList Bs,
                                at::TensorList rank_scales, const std::vector<at::Tensor>& weights,
                                const OptionalTensors& biases, const Group& group) {
+    RECORD_FUNCTION(group.grouped ? "adaptlora::lora_group" : "adaptlora::lora_linear", std::vector<c10::IValue>());
     const PlainDispatch plain;
     auto [ys, S] = lora_group_forward(as_2d(x), weights, biases, group);
     if (x.dim() != 2) {
@@ -63,44 +53,54 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
         y = y.view(shape);
       }
     }
+    // What the registered ops save, in their order: a checkpoint may recompute on the other path.
     variable_list saved{x, S};
-    for (const at::TensorList tensors : {at::TensorList(weights), As, Bs, rank_scales}) append(saved, tensors);
-    ctx->save_for_backward(std::move(saved));
-    ctx->set_materialize_grads(false);
-
+    for (const at::TensorList tensors : {at::TensorList(weights), As, Bs}) append(saved, tensors);
+    for (const Adapter& adapter : group.modules) {
+      if (adapter.rank_scale.has_value()) {
+        saved.push_back(*adapter.rank_scale);
+      } else if (group.grouped) {
+        saved.push_back(at::empty({0}, x.options()));
+      }
+    }
     std::vector<double> scalings;
-    std::vector<int64_t> has_rank_scale, seeds;
+    std::vector<int64_t> has_rank_scale;
     for (const Adapter& adapter : group.modules) {
       scalings.push_back(adapter.scaling);
       has_rank_scale.push_back(adapter.rank_scale.has_value());
-      seeds.push_back(adapter.seed.value_or(0));
+      if (group.dropout_p > 0) saved.push_back(at::scalar_tensor(*adapter.seed, at::kLong));
     }
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
     ctx->saved_data["scalings"] = std::move(scalings);
     ctx->saved_data["has_rank_scale"] = std::move(has_rank_scale);
-    ctx->saved_data["seeds"] = std::move(seeds);
     ctx->saved_data["dropout_p"] = group.dropout_p;
+    ctx->saved_data["grouped"] = group.grouped;
     return ys;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& dys) {
     const std::vector<double> scalings = ctx->saved_data["scalings"].toDoubleVector();
     const std::vector<int64_t> has_rank_scale = ctx->saved_data["has_rank_scale"].toIntVector();
-    const std::vector<int64_t> seeds = ctx->saved_data["seeds"].toIntVector();
     const double dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const size_t n = scalings.size();
 
+    const bool grouped = ctx->saved_data["grouped"].toBool();
+    const char* op = grouped ? "lora_group_backward" : "lora_linear_backward";
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &S = saved[1];
     const at::Tensor *weights = saved.data() + 2, *As = weights + n, *Bs = As + n, *rank_scales = Bs + n;
-    const size_t n_scales = saved.size() - 2 - 3 * n;
+    const at::Tensor* seeds = saved.data() + saved.size() - n;  // with dropout
+    const auto n_scales = static_cast<size_t>(std::count(has_rank_scale.begin(), has_rank_scale.end(), 1));
 
-    Group group{"lora_group_backward", true, {}, dropout_p, dropout_threshold(dropout_p)};
+    Group group{op, grouped, {}, dropout_p, dropout_threshold(dropout_p)};
     std::vector<Wanted> wanted(n);
     bool any = false;
     for (size_t i = 0, scale = 0; i < n; ++i) {
       const bool has = has_rank_scale[i] != 0;
-      group.modules.push_back({As[i], Bs[i], has ? std::optional(rank_scales[scale]) : std::nullopt, scalings[i],
-                               dropout_p > 0 ? std::optional(seeds[i]) : std::nullopt});
+      const auto seed = dropout_p > 0 ? std::optional(seed_value(op, seeds[i])) : std::nullopt;
+      const auto rank_scale = has ? std::optional(rank_scales[grouped ? i : scale]) : std::nullopt;
+      group.modules.push_back({As[i], Bs[i], rank_scale, scalings[i], seed});
       if (dys[i].defined()) {
         any = true;
         wanted[i] = {ctx->needs_input_grad(1 + i), ctx->needs_input_grad(1 + n + i),
@@ -111,7 +111,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
     variable_list grads(1 + 2 * n + n_scales);
     if (any) {
       const bool need_dx = ctx->needs_input_grad(0);
-      auto [dx, dAs, dBs, dEs] = all_plain(dys) && all_plain(saved)
+      auto [dx, dAs, dBs, dEs] = plain_backward() && all_plain(dys) && all_plain(saved)
                                      ? plain_gradients(dys, x, {weights, weights + n}, S, group, need_dx, wanted)
                                      : dispatched_gradients(dys, x, {weights, weights + n}, S, group, need_dx, wanted);
       if (dx.has_value()) grads[0] = *dx;
@@ -122,7 +122,6 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
         scale += has_rank_scale[i];
       }
     }
-    grads = without_second_derivative("lora_group_backward", std::move(grads));
     grads.resize(grads.size() + 3);  // weights, biases and group
     return grads;
   }
@@ -131,6 +130,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
   static GroupGradients plain_gradients(const variable_list& dys, const at::Tensor& x,
                                         const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
                                         bool need_dx, const std::vector<Wanted>& wanted) {
+    RECORD_FUNCTION(std::string("adaptlora::") + group.op, std::vector<c10::IValue>());
     const PlainDispatch plain;
     OptionalTensors dys_2d;
     for (const at::Tensor& dy : dys) dys_2d.push_back(dy.defined() ? std::optional(as_2d(dy)) : std::nullopt);
@@ -155,6 +155,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
       if (!dys[i].defined()) continue;
       const c10::IValue seed_value = seed ? c10::IValue(at::scalar_tensor(*seed, at::kLong)) : c10::IValue();
       const std::vector<bool> need{need_dx, wanted[i].dA, wanted[i].dB, wanted[i].dE};
+      if (std::find(need.begin(), need.end(), true) == need.end()) continue;
       const auto grads = call_op("adaptlora::lora_linear_backward",
                                  {dys[i], x, weights[i], S_i, A, B, rank_scale, seed_value, scaling, group.dropout_p,
                                   c10::List<bool>({need[0], need[1], need[2], need[3]})});
@@ -173,6 +174,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
 class RankNormsFunction : public torch::autograd::Function<RankNormsFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, at::TensorList As, at::TensorList Bs) {
+    RECORD_FUNCTION("adaptlora::rank_norms", std::vector<c10::IValue>());
     auto [norms_A, norms_B] = rank_norms_cpu(As.vec(), Bs.vec());
     variable_list saved;
     append(saved, As);
@@ -189,7 +191,6 @@ class RankNormsFunction : public torch::autograd::Function<RankNormsFunction> {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(2 * n);
     // The gradient of ‖v‖ is v / ‖v‖, and 0 at v = 0.
     const auto factors = [&](size_t side) {
-      const at::NoGradGuard no_grad;
       const at::Tensor& norms = saved[2 * n + side];
       if (!grads[side].defined()) return at::zeros_like(norms);
       return at::where(norms > 0, grads[side] / norms, at::zeros({}, norms.options()));
@@ -198,14 +199,15 @@ class RankNormsFunction : public torch::autograd::Function<RankNormsFunction> {
     const std::vector<at::Tensor> As(first, first + n), Bs(first + n, first + 2 * n);
     const at::Tensor factors_A = factors(0), factors_B = factors(1);
     variable_list scaled;
-    if (all_plain(saved) && all_plain({factors_A, factors_B})) {
+    if (plain_backward() && all_plain(saved) && all_plain({factors_A, factors_B})) {
+      RECORD_FUNCTION("adaptlora::rank_scale", std::vector<c10::IValue>());
       auto [scaled_As, scaled_Bs] = rank_scale_cpu(As, Bs, factors_A, factors_B);
       scaled = std::move(scaled_As);
       append(scaled, scaled_Bs);
     } else {
       scaled = call_op("adaptlora::rank_scale", {As, Bs, factors_A, factors_B})[0].toTensorVector();
     }
-    return without_second_derivative("rank_scale", std::move(scaled));
+    return scaled;
   }
 };
 

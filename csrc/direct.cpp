@@ -112,13 +112,14 @@ bool add_plain_module(const at::Tensor& x, const Operands& given, GroupCall& cal
   return true;
 }
 
-std::optional<std::vector<at::Tensor>> run_group(const char* op, py::handle x_object,
+std::optional<std::vector<at::Tensor>> run_group(bool grouped, py::handle x_object,
                                                  const std::vector<Operands>& operands, py::handle dropout_object) {
   if (!plain_context()) return std::nullopt;
   const at::Tensor* x = plain_tensor(x_object);
   const auto p = number(dropout_object);
   if (x == nullptr || x->dim() < 1 || x->numel() == 0 || !p || !(*p >= 0 && *p < 1)) return std::nullopt;
-  GroupCall call{{}, {}, {op, true, {}, *p, dropout_threshold(*p)}};
+  const char* op = grouped ? "lora_group" : "lora_linear";
+  GroupCall call{{}, {}, {op, grouped, {}, *p, dropout_threshold(*p)}};
   call.group.modules.reserve(operands.size());
   for (const Operands& given : operands) {
     if (!add_plain_module(*x, given, call)) return std::nullopt;
@@ -155,7 +156,7 @@ std::optional<std::vector<at::Tensor>> plain_matrices(py::handle object) {
 
 py::object lora_linear_direct(py::handle x, py::handle weight, py::handle bias, py::handle A, py::handle B,
                               py::handle rank_scale, py::handle scaling, py::handle dropout_p, py::handle seed) {
-  const auto ys = run_group("lora_linear", x, {{weight, bias, A, B, rank_scale, scaling, seed}}, dropout_p);
+  const auto ys = run_group(false, x, {{weight, bias, A, B, rank_scale, scaling, seed}}, dropout_p);
   return ys ? py::cast(ys->front()) : py::none();
 }
 
@@ -171,7 +172,7 @@ py::object lora_group_direct(py::handle x, py::handle weights, py::handle biases
     const auto of = [&](size_t list) { return (*lists[list])[i]; };
     operands.push_back({of(0), of(1), of(2), of(3), of(4), of(5), of(6)});
   }
-  const auto ys = run_group("lora_group", x, operands, dropout_p);
+  const auto ys = run_group(true, x, operands, dropout_p);
   return ys ? py::cast(*ys) : py::none();
 }
 

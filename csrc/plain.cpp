@@ -16,6 +16,8 @@ bool plain_context() {
          !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !c10::impl::tls_is_dispatch_key_included(DispatchKey::Functionalize) && !torch::jit::tracer::isTracing() &&
          torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr &&
+         !(at::GradMode::is_enabled() &&
+           c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::AutogradFunctionality)) &&
          !at::autocast::is_autocast_enabled(at::kCPU);
 }
 

@@ -6,7 +6,7 @@
 namespace adaptlora {
 
 // Nothing watches or changes calls of ops: no mode of torch_dispatch (fake tensors, FLOP counters) or torch_function, no
-// transform of functorch's, no forward-mode derivative, no trace, no autocast.
+// transform of functorch's, no forward-mode derivative, no trace, no autocast, and not from within an op below autograd.
 bool plain_context();
 
 // A dense CPU tensor whose memory holds its values: no subclass with a dispatch of its own, neither wrapped nor lazily

@@ -73,6 +73,8 @@ def _lora_group_backward(
     dys, x, weights, s, lora_As, lora_Bs, rank_scales, seeds, scalings, dropout_p, need_dx, need_dA, need_dB, need_dE
 ):
     """dx and lists dA, dB, dE, each empty where not needed. Of a module without dy nothing is needed, and at least one has a dy."""
+    # torch resolves lazily negated tensors before an op, but not in a list of optional ones.
+    dys = [None if dy is None else dy.resolve_neg() for dy in dys]
     rank_scales = _present(rank_scales, lora_As)
     kernels = _kernels(x, weights, lora_As)
     if kernels is None:

@@ -77,13 +77,13 @@ def _setup_context(ctx, inputs, output):
     s = output[1]
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, s, lora_A, lora_B, rank_scale, seed)
+    ctx.save_for_backward(x, s, weight, lora_A, lora_B, rank_scale, seed)
 
 
 def _backward(ctx, dy, _):
     if dy is None:
         return (None,) * 9
-    x, weight, s, lora_A, lora_B, rank_scale, seed = ctx.saved_tensors
+    x, s, weight, lora_A, lora_B, rank_scale, seed = ctx.saved_tensors
     wants = ctx.needs_input_grad
     need = [wants[0], wants[3], wants[4], wants[5]]
     grads = torch.ops.adaptlora.lora_linear_backward(

@@ -16,7 +16,9 @@ constexpr bool kManyRegisters = kLanes == 16;
 constexpr int kShrinkRows = 4;
 constexpr int kShrinkRanks = kManyRegisters ? 4 : 3;
 constexpr int kAccumulateRanks = 4;
-constexpr int accumulate_vectors(int ranks) { return (kManyRegisters ? 16 : 12) / (ranks < 2 ? 2 : ranks); }
+constexpr int accumulate_vectors(int ranks) {
+  return kManyRegisters ? (ranks <= 2 ? 8 : 4) : (ranks <= 2 ? 6 : 12 / ranks);  // a tile's columns are whole blocks
+}
 constexpr int kExpandRows = kManyRegisters ? 4 : 2;
 constexpr int kExpandVectors = kManyRegisters ? 4 : 6;
 

@@ -59,7 +59,7 @@ struct Wanted {
 };
 
 // As lora_group_backward_cpu, without Σ dy_i W_i; dx is contiguous and nobody else's, undefined if it is not needed. Each
-// dy and x is read from memory once and dx written once.
+// dy and x is read from memory once and dx written to it once; it is rounded once for each module.
 struct DeltaGradients {
   at::Tensor dx;
   OptionalTensors dAs, dBs, dEs;

@@ -1,5 +1,5 @@
-// lora_linear and lora_group: y and dx are first filled with the low-rank terms (and the bias) and then handed to the base
-// GEMM, which adds to them.
+// lora_linear and lora_group: y and dx are first filled with the low-rank terms (and the bias) and then handed to the
+// base GEMM, which adds to them.
 #include "host.h"
 #include "lora_delta.h"
 #include "ops.h"
@@ -28,6 +28,7 @@ Group group_of(const char* op, const std::vector<at::Tensor>& weights, const std
                const std::vector<at::Tensor>& Bs, const OptionalTensors& rank_scales,
                const std::vector<double>& scalings, double dropout_p, int64_t threshold, const OptionalSeeds& seeds) {
   const size_t n = weights.size();
+  TORCH_CHECK(n > 0, op, ": weights must hold at least one tensor, got none");
   const auto check = [&](const char* name, size_t length) {
     TORCH_CHECK(length == n, op, ": ", name, " must be as long as weights, ", n, ", got ", length);
   };
@@ -46,8 +47,9 @@ Group group_of(const char* op, const std::vector<at::Tensor>& weights, const std
 
 }  // namespace
 
-std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                                                        const OptionalTensors& biases, const Group& group) {
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Tensor& x,
+                                                                   const std::vector<at::Tensor>& weights,
+                                                                   const OptionalTensors& biases, const Group& group) {
   for (size_t i = 0; i < weights.size(); ++i) {
     check_weight(group.where(i), x, weights[i]);
     if (biases[i].has_value()) check_bias(group.where(i), x, *biases[i], weights[i].size(0));
@@ -59,8 +61,9 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Ten
   return {ys, S};
 }
 
-GroupGradients lora_group_gradients(const OptionalTensors& dys, const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                        const at::Tensor& S, const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+GroupGradients lora_group_gradients(const OptionalTensors& dys, const at::Tensor& x,
+                                    const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
+                                    bool need_dx, const std::vector<Wanted>& wanted) {
   for (size_t i = 0; i < weights.size(); ++i) check_weight(group.where(i), x, weights[i]);
   auto [dx, dAs, dBs, dEs] = lora_delta_gradients(dys, x, S, group, need_dx, wanted);
   if (!dx.defined()) return {std::nullopt, dAs, dBs, dEs};
@@ -76,8 +79,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
                                                    double scaling, double dropout_p, int64_t threshold,
                                                    const std::optional<at::Tensor>& seed) {
   const PlainDispatch plain;
-  auto [ys, S] = lora_group_forward(x, {weight}, {bias},
-                         group_of_one("lora_linear", A, B, rank_scale, scaling, dropout_p, threshold, seed));
+  const Group group = group_of_one("lora_linear", A, B, rank_scale, scaling, dropout_p, threshold, seed);
+  auto [ys, S] = lora_group_forward(x, {weight}, {bias}, group);
   return {ys[0], S};
 }
 
@@ -100,8 +103,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_cpu(
   const char* op = "lora_group";
   TORCH_CHECK(biases.size() == weights.size(), op, ": biases must be as long as weights, ", weights.size(), ", got ",
               biases.size());
-  return lora_group_forward(x, weights, biases,
-                 group_of(op, weights, As, Bs, rank_scales, scalings, dropout_p, threshold, seeds));
+  const Group group = group_of(op, weights, As, Bs, rank_scales, scalings, dropout_p, threshold, seeds);
+  return lora_group_forward(x, weights, biases, group);
 }
 
 GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const at::Tensor& x,
