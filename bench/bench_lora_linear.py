@@ -148,7 +148,7 @@ def test_layer(compare, quick, K, N, p, dtype):
         f"{K}×{N}, dropout {p}",
         providers,
         floor="frozen linear",
-        rounds=201 if K < 512 else 101,
+        rounds=101 if K < 2048 else 51,
         unavailable=unavailable,
         facts={"M": M, "R": R, "dtype": str(dtype), "GFLOP of the floor": round(4 * M * N * K / 1e9, 3)},
     )

@@ -142,7 +142,7 @@ def test_step(compare, quick):
     facts = {"texts": texts, "tokens": tokens, "modules": len(ranks), "clipped ranks": f"{min(ranks)} – {max(ranks)}"}
     timed(
         compare, "MiniLM, r = 8, average rank 4 where clipped", model, batch, trained,
-        rounds=41, unavailable=unavailable, facts=facts,
+        rounds=31, unavailable=unavailable, facts=facts,
     )  # fmt: skip
 
 
@@ -167,5 +167,5 @@ def test_step_smollm2(compare, quick):
     facts = {"texts": texts, "tokens": tokens, "modules": len(trained["adaptlora LoRA"].factors())}
     timed(
         compare, "SmolLM2-135M, r = 8", model, batch, {**trained, **compiled},
-        rounds=15, unavailable=unavailable, facts=facts,
+        rounds=11, unavailable=unavailable, facts=facts,
     )  # fmt: skip
