@@ -267,8 +267,8 @@ void expand_as(const ExpandInput& in, int64_t rows, int64_t cols, T* y, int64_t 
   }
 }
 
-void expand(const RankRows& S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const float* bias,
-            const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y, bool add) {
+void expand(const RankRows& S, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R,
+            const float* bias, const uint32_t* mask, void* y, Dtype dtype, int64_t stride_y, bool add) {
   const ExpandInput in = {S, F, stride_f, R, bias, mask, add};
   switch (dtype) {
     case Dtype::f32: expand_as(in, rows, cols, static_cast<float*>(y), stride_y); break;
@@ -352,7 +352,8 @@ void scale_vector(const VectorView& src, const VectorView& dst, float factor) {
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, dropout_mask, load_tile, drop_tile, shrink, accumulate, expand, add_parts, sum_of_squares, scale_vector};
+  return {name,       dropout_mask, load_tile, drop_tile,      shrink,
+          accumulate, expand,       add_parts, sum_of_squares, scale_vector};
 }
 
 }  // namespace

@@ -261,8 +261,9 @@ at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const O
           scaled[r] = out[r] * module.e[r];
         }
       }
-      kernel.expand({ws.S.data() + module.first_column, R_all}, rows, module.N, module.B.data, module.B.stride, module.R,
-                    module.bias.data, nullptr, module.y + m0 * module.row_bytes, dtype, module.stride_y, add);
+      const RankRows scaled = {ws.S.data() + module.first_column, R_all};
+      kernel.expand(scaled, rows, module.N, module.B.data, module.B.stride, module.R, module.bias.data, nullptr,
+                    module.y + m0 * module.row_bytes, dtype, module.stride_y, add);
     }
   };
   const int64_t grain = ceil_div(kMinWork, kTileRows * (R_all * K + N_all));
@@ -326,6 +327,7 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
     const Adapter& adapter = group.modules[i];
     const int64_t R = adapter.A.size(0), first_column = column;
     column += R;
+    work += M * R * (K + adapter.B.size(0));  // of all, so that the order of sums does not depend on what is asked
     if (!dys[i].has_value()) continue;
     if (R == 0) {
       if (wanted[i].dA) out.dAs[i] = at::empty_like(adapter.A);
@@ -338,9 +340,9 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
     const int64_t N = dys[i]->size(1);
     modules.push_back({i, R, N, S_rows.const_data_ptr<float>() + first_column, TileSource(*dys[i]),
                        need_dx ? pack(adapter.A) : Packed{}, make_dS ? pack(adapter.B, true) : Packed{},
-                       rank_factors(adapter), dropout_of(group, adapter), wanted[i], make_G, make_dS, dS_columns, {}, {}});
+                       rank_factors(adapter), dropout_of(group, adapter), wanted[i], make_G, make_dS, dS_columns,
+                       {}, {}});
     dS_columns += make_dS ? R : 0;
-    work += M * R * (K + N);
     part_size += R * ((make_G ? padded_stride(N) : 0) + (wanted[i].dA ? padded_stride(K) : 0));
   }
   if (need_dx) out.dx = dS_columns ? at::empty({M, K}, x.options()) : at::zeros({M, K}, x.options());

@@ -21,6 +21,7 @@ void copy_elements(const RowCopy& row) {
 }
 
 void copy_row(const RowCopy& row) {
+  if (row.length == 0) return;  // where there may be no memory at all
   if (row.src == nullptr) {
     memset(row.dst, 0, row.length * row.element_size);
   } else if (row.stride == 1) {

@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define ADAPTLORA_INLINE static inline __attribute__((always_inline))
@@ -136,6 +138,8 @@ ADAPTLORA_INLINE vu64 multiply_low32(vu64 a, uint32_t c) {
   return (vu64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(c));
 #elif defined(__x86_64__)
   return (vu64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(c));
+#elif defined(__aarch64__)
+  return (vu64)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(c));
 #else
   return (a & 0xffffffffu) * c;
 #endif
