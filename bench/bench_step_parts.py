@@ -68,6 +68,6 @@ def test_parts(compare, quick, name):
         name,
         providers,
         floor="the step, NormAL, dropout 0.1",
-        rounds=21,
+        rounds=11,
         facts={"texts": texts, "tokens": tokens, "modules": len(ranks)},
     )
