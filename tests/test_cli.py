@@ -511,20 +511,24 @@ def test_doctor_says_what_will_run():
     assert re.search(r"cpu float64\s+reference \(torch.float64 has no kernels\)", result.output)
 
 
-def test_doctor_reports_a_broken_build(monkeypatch):
+@pytest.fixture
+def undecided():
+    """No choice of a backend remembered from or for other tests."""
+    _backend._choose.cache_clear()
+    yield
+    _backend._choose.cache_clear()
+
+
+def test_doctor_reports_a_broken_build(monkeypatch, undecided):
     def broken():
         raise ImportError("adaptlora: the C++ extension was built for torch 1.0 but 2.13.0 runs; rebuild it")
 
     monkeypatch.setattr(_backend, "extension", broken)
-    _backend._choose.cache_clear()
-    try:
-        result = invoke("doctor", code=1)
-    finally:
-        _backend._choose.cache_clear()
+    result = invoke("doctor", code=1)
     assert "built for torch 1.0" in result.output and "rebuild it" in result.output
 
 
-def test_doctor_without_extension_or_package(monkeypatch):
+def test_doctor_without_extension_or_package(monkeypatch, undecided):
     monkeypatch.setattr(_backend, "extension", lambda: None)
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     sections = doctor.diagnose()
