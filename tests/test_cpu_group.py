@@ -15,7 +15,7 @@ from cpu_reference import (
 )
 from numerics import assert_all_accurate, laid_out
 
-_C = pytest.importorskip("adaptlora._C")
+_C = pytest.importorskip("adaptlora._C", reason="the C++ extension is not built")
 
 X, WEIGHT, BIAS, A, B, E, P, MODULE_SEED, DY = range(9)  # of one module's arguments
 
@@ -259,6 +259,10 @@ SEEDS = [torch.tensor(1), torch.tensor(2)]
         ({"x": torch.zeros(0, 8)}, r"module 0: x must have shape \(M, K\), M, K >= 1, got \[0, 8\]"),
         ({"x": torch.zeros(3, 8).double()}, "module 0: x must be a dense float32, bfloat16 or float16 CPU tensor"),
         ({"biases": [None]}, "biases must be as long as weights, 2, got 1"),
+        (
+            {name: [] for name in ("weights", "biases", "As", "Bs", "rank_scales", "scalings")},
+            "weights must hold at least one",
+        ),
         ({"As": []}, "As must be as long as weights, 2, got 0"),
         ({"Bs": [torch.zeros(6, 4)] * 3}, "Bs must be as long as weights, 2, got 3"),
         ({"rank_scales": [None]}, "rank_scales must be as long as weights, 2, got 1"),

@@ -355,8 +355,8 @@ def test_only_y_is_differentiable(backend):
     assert not s.requires_grad
 
 
-def test_changed_factor_is_noticed(backend):
-    for name in ("lora_A", "lora_B", "x"):
+def test_changed_operand_is_noticed(backend):
+    for name in ("x", "weight", "lora_A", "lora_B", "rank_scale"):
         sample = leaves(Case())
         y = call(sample)
         with torch.no_grad():
