@@ -194,15 +194,3 @@ def fill(trained: Trained) -> None:
             for rows in (A, B.t()):
                 values = torch.randn(rows.shape, generator=generator) / rows.shape[1] ** 0.5
                 rows.copy_(values * torch.rand(R, 1, generator=generator))
-
-
-def clip(trained: Ours) -> None:
-    """The clip to an average rank of 4: t_c = 1, so that the first step makes it."""
-    change = trained.adapter.step()
-    assert change is not None
-    assert sum(change.after.values()) == TARGET * len(change.after)
-
-
-def mask_like(trained: MaskedNormal, ranks: dict[str, int]) -> None:
-    for name, rank in ranks.items():
-        trained.layers[name].mask[rank:] = 0
