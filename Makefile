@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # Python, with libstdc++ so that ASan sees exceptions. Leaks are not looked for: Python leaves many. pytest must not swallow
 # what a dying process says: UBSan's words, which go to stderr alone, and ASan's, which a test's subprocess puts into a file.
 ASAN := build/asan
-ASAN_TESTS = $(wildcard tests/test_cpu_*.py tests/test_direct.py tests/test_lora_*.py tests/test_rank_*.py)
+ASAN_TESTS = $(wildcard tests/test_cpu_*.py tests/test_direct*.py tests/test_lora_*.py tests/test_rank_*.py)
 ASAN_ENV = LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))" \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(ASAN)/report UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(ASAN)/lib PYTEST_ADDOPTS="-o pythonpath=tests --capture=sys"

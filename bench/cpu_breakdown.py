@@ -107,7 +107,6 @@ def rank_change(modules: int = 210, K: int = 576, N: int = 576) -> None:
     optimizer.step()
     optimizer.zero_grad()
     ranks = {name: 3 + i % 3 for i, name in enumerate(pairs)}
-    grow = lambda: commit_ranks(pairs, dict.fromkeys(pairs, R))  # noqa: E731
     change = in_turn(
         {"": lambda: commit_ranks(pairs, ranks, compact=True)},
         11,

@@ -348,7 +348,8 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch, on_h100):
     """An H100 whose products are ones; `set(milliseconds)` says how long they take, in the order in which they are timed."""
-    for name, answer in (("is_available", True), ("current_device", 0), ("get_device_name", H100[1])):
+    answers = {"is_available": True, "current_device": 0, "get_device_name": H100[1], "get_device_capability": (9, 0)}
+    for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *a, answer=answer: answer)
     same = (lambda: torch.ones(3, 3, dtype=BF16), lambda tile: torch.ones(3, 3, dtype=BF16))
     monkeypatch.setattr(tuning, "_forward", lambda *a: same)

@@ -322,12 +322,11 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
 
   std::vector<BackwardModule> modules;
   modules.reserve(n_modules);
-  int64_t column = 0, dS_columns = 0, work = 0, part_size = 0;
+  int64_t column = 0, dS_columns = 0, part_size = 0;
   for (size_t i = 0; i < n_modules; ++i) {
     const Adapter& adapter = group.modules[i];
     const int64_t R = adapter.A.size(0), first_column = column;
     column += R;
-    work += M * R * (K + adapter.B.size(0));  // of all, so that the order of sums does not depend on what is asked
     if (!dys[i].has_value()) continue;
     if (R == 0) {
       if (wanted[i].dA) out.dAs[i] = at::empty_like(adapter.A);
@@ -348,11 +347,11 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
   if (need_dx) out.dx = dS_columns ? at::empty({M, K}, x.options()) : at::zeros({M, K}, x.options());
   if (modules.empty()) return out;
 
-  // One chunk of consecutive tiles per thread, each with partial sums of its own: the result depends on the number of
-  // threads, not on their timing. At least two tiles a chunk, and no more than 512 MiB of partial sums in all.
+  // One chunk of consecutive tiles per thread, each with partial sums of its own: the order of sums depends on the number
+  // of threads and of rows, not on timing, on what else is asked for or on the other modules. At least two tiles a chunk,
+  // and no more than 512 MiB of partial sums in all.
   const int64_t tiles = ceil_div(M, kTileRows);
   int64_t n_chunks = std::min<int64_t>(at::get_num_threads(), ceil_div(tiles, 2));
-  n_chunks = std::min(n_chunks, ceil_div(work, kMinWork));
   if (part_size > 0) n_chunks = std::clamp<int64_t>((1 << 27) / part_size, 1, n_chunks);
   const int64_t tiles_per_chunk = ceil_div(tiles, n_chunks);
   for (BackwardModule& module : modules) {
