@@ -95,3 +95,9 @@ def check_dropout(op: str, p: float) -> None:
 def check_finite_number(op: str, name: str, value) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
+
+
+def check_finite(op: str, name: str, tensor: torch.Tensor) -> None:
+    """No NaN and no infinity; waits for the device."""
+    if not tensor.isfinite().all():
+        raise ValueError(f"{op}: {name} must be finite, got {int((~tensor.isfinite()).sum())} NaN or infinite values")

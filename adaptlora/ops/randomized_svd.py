@@ -1,0 +1,132 @@
+"""The leading singular triplets of dense matrices, by randomized subspace iteration."""
+
+from typing import NamedTuple
+
+import torch
+
+from ._checks import check_finite, check_finite_number, check_tensor
+from ._factor import grouped, qr, stacked, svd, unstacked
+from ._library import accumulation_dtype, library, no_autocast, register
+
+
+class RandomizedSVD(NamedTuple):
+    """U (N, k), S (k,) descending, Vh (k, K), and the residual: how far U is from a singular subspace, in parts of S[0]."""
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+    residual: float
+
+
+def randomized_svd_ref(weights, rank) -> list[RandomizedSVD]:
+    """The triplets that `randomized_svd` approaches: a full SVD, cut, float64 included."""
+    results = []
+    for W in weights:
+        U, S, Vh = torch.linalg.svd(W.to(accumulation_dtype(W.dtype)), full_matrices=False)
+        results.append(RandomizedSVD(U[:, :rank], S[:rank], Vh[:rank], 0.0))
+    return results
+
+
+def _gaussian(K: int, columns: int, seed: int, like: torch.Tensor) -> torch.Tensor:
+    """The same numbers on every device, for every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(K, columns, generator=generator).to(like)
+
+
+def _subspace_iteration(W, rank: int, columns: int, n_iter: int, tol: float, seed: int):
+    """W (b, N, K) → U, S, Vh of `columns` approximate triplets, residual (b,).          [Halko et al., 2011, algorithm 4.4]"""
+    Y = W @ _gaussian(W.shape[-1], columns, seed, W)
+    for i in range(n_iter + 1):
+        Q, _ = qr(Y)
+        V, T = qr(W.mT @ Q)
+        Y = W @ V
+        # QᵀW = TᵀVᵀ, so this is (I − QQᵀ) W V: zero where the leading columns span a singular subspace.
+        missed = Y - Q @ T.mT
+        if i == n_iter or _residual(missed[..., :rank], Y).max() <= tol:
+            break
+    Q, R = qr(Y)
+    X, S, Zh = svd(R)
+    residual = _residual(missed @ Zh[..., :rank, :].mT, S[..., :1, None])
+    return Q @ X, S, Zh @ V.mT, residual
+
+
+def _residual(missed: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    """The largest column of what is missed, in parts of the largest column of `of`; 0 for zero matrices."""
+    largest = [torch.linalg.vector_norm(columns, dim=-2).amax(-1) for columns in (missed, of)]
+    return torch.where(largest[1] > 0, largest[0] / largest[1], 0)
+
+
+@register(
+    "randomized_svd(Tensor[] weights, int rank, int oversample, int n_iter, float tol, int seed)"
+    " -> (Tensor[], Tensor[], Tensor[], Tensor)"
+)
+def _randomized_svd(weights, rank, oversample, n_iter, tol, seed):
+    results = [None] * len(weights)
+    for indices in grouped(weights):
+        first = weights[indices[0]]
+        k = min(rank, *first.shape)
+        columns = min(rank + oversample, *first.shape)
+        with no_autocast(first):
+            W = stacked([weights[i] for i in indices], accumulation_dtype(first.dtype))
+            U, S, Vh, residual = _subspace_iteration(W, k, columns, n_iter, tol, seed)
+        parts = unstacked(U[..., :k]), unstacked(S[..., :k]), unstacked(Vh[..., :k, :]), residual.double()
+        for i, *part in zip(indices, *parts, strict=True):
+            results[i] = part
+    U, S, Vh, residuals = zip(*results, strict=True)
+    return list(U), list(S), list(Vh), torch.stack(residuals)
+
+
+@torch.library.register_fake("adaptlora::randomized_svd", lib=library)
+def _(weights, rank, oversample, n_iter, tol, seed):
+    U, S, Vh = [], [], []
+    for W in weights:
+        acc, k = accumulation_dtype(W.dtype), min(rank, *W.shape)
+        U.append(W.new_empty(W.shape[0], k, dtype=acc))
+        S.append(W.new_empty(k, dtype=acc))
+        Vh.append(W.new_empty(k, W.shape[1], dtype=acc))
+    return U, S, Vh, weights[0].new_empty(len(weights), dtype=torch.float64)
+
+
+@torch.no_grad()
+def randomized_svd(weights, rank, *, oversample=16, n_iter=4, tol=1e-5, seed=0) -> list[RandomizedSVD]:
+    """
+    W ≈ U diag(S) Vh, the `rank` leading triplets, by randomized subspace iteration          [Halko et al., arXiv:0909.4061]
+
+    A Gaussian sketch of rank + oversample columns, then up to `n_iter` iterations W (Wᵀ ·), re-orthonormalised at each product; weights
+    of equal shape are one batch. The sketch depends on `seed` and shape alone, so equal calls give equal bits.
+
+    Args:
+        weights: list of (N_i, K_i), fp32 / fp64, or bf16 / fp16 (computed in fp32), one device, any strides.
+        rank: number of triplets, ≥ 1; of a matrix with fewer rows or columns, as many as those.
+        oversample: further columns of the sketch, ≥ 0.   n_iter: most iterations, ≥ 0.
+        tol: stop earlier where the residual is below it.   seed: of the sketch.
+    Returns: list of RandomizedSVD(U (N_i, k), S (k,), Vh (k, K_i), residual), fp32 (fp64 for fp64), k = min(rank, N_i, K_i). residual is
+        the largest ‖(I − QQᵀ) W v_i‖ / S[0], i ≤ k, with Q the subspace before the last product with W: an upper estimate of what U
+        lacks. Not differentiable.
+    Raises: ValueError (shapes, devices, rank, options, NaN or infinite values), TypeError (dtype).   Deterministic: yes.
+    """
+    weights = list(weights)
+    for i, W in enumerate(weights):
+        check_tensor("randomized_svd", f"weights[{i}]", W, 2)
+        if 0 in W.shape:
+            raise ValueError(f"randomized_svd: weights[{i}] must have rows and columns, got shape {tuple(W.shape)}")
+        if W.device != weights[0].device:
+            raise ValueError(
+                f"randomized_svd: weights[{i}] must be on the device of weights[0], {weights[0].device}, got {W.device}"
+            )
+    for name, value, least in (
+        ("rank", rank, 1),
+        ("oversample", oversample, 0),
+        ("n_iter", n_iter, 0),
+        ("seed", seed, None),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+            rule = "an integer" if least is None else f"an integer ≥ {least}"
+            raise ValueError(f"randomized_svd: {name} must be {rule}, got {value!r}")
+    check_finite_number("randomized_svd", "tol", tol)
+    for i, W in enumerate(weights):
+        check_finite("randomized_svd", f"weights[{i}]", W)
+    if not weights:
+        return []
+    *parts, residuals = torch.ops.adaptlora.randomized_svd(weights, rank, oversample, n_iter, float(tol), seed)
+    return [RandomizedSVD(*part) for part in zip(*parts, residuals.tolist(), strict=True)]
