@@ -1,12 +1,11 @@
 """What is in a PEFT LoRA folder: ranks, shapes and scores, read from its two files without a model."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from . import io
+from .files import read_tensors
+from .lora_files import peft, peft_config
+from .lora_files.base import natural, pair
 from .methods.normal import scores
 from .ops import rank_norms
 
@@ -35,27 +34,26 @@ def inspect_adapter(folder: str | Path) -> Inspection:
     Raises: ValueError (not such a folder, a damaged file, factors that do not fit together).
     """
     folder = Path(folder)
-    config_file, weights = folder / io.CONFIG_FILE, folder / io.WEIGHTS_FILE
+    config_file, weights = folder / peft.CONFIG_FILE, folder / peft.WEIGHTS_FILE
     for file in (config_file, weights):
         if not file.is_file():
             raise ValueError(f"inspect: adapter must be a folder with {file.name}, got {str(folder)!r}")
-    config = io.read_config("inspect", config_file)
-    # not io.read: what cannot be loaded (DoRA's magnitudes, biases, …) can be looked at all the same
+    config = peft_config.read_config("inspect", config_file)
+    # not peft.read: what cannot be loaded (DoRA's magnitudes, …) can be looked at all the same
     halves: dict[str, dict] = {}
     others: dict[str, int] = {}
-    try:
-        with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                name = key.removeprefix(io.KEY_PREFIX)
-                match = io.FACTOR_KEY.fullmatch(name)
-                if match:
-                    halves.setdefault(match["module"], {})[match["factor"]] = file.get_tensor(key)
-                else:
-                    others[name] = math.prod(file.get_slice(key).get_shape())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"inspect: {weights} must be a whole safetensors file: {error}") from error
-    factors = io.pair_up("inspect", weights, halves)
-    names = sorted(factors, key=_natural)
+    tensors, _ = read_tensors("inspect", weights)
+    for key, tensor in tensors.items():
+        name = key.removeprefix(peft.KEY_PREFIX)
+        module, part = peft.known_part(name) or ("", "")
+        if part in ("lora_A", "lora_B"):
+            halves.setdefault(module, {})[part] = tensor
+        else:
+            others[name] = tensor.numel()
+    if not halves:
+        raise ValueError(f"inspect: {weights} must hold lora_A and lora_B of at least one module, got none")
+    factors = {name: pair("inspect", weights, name, found) for name, found in halves.items()}
+    names = sorted(factors, key=natural)
     lora_As, lora_Bs = ([factors[name][which] for name in names] for which in (0, 1))
     norms_A, norms_B = rank_norms(lora_As, lora_Bs)
     modules = [
@@ -70,8 +68,3 @@ def inspect_adapter(folder: str | Path) -> Inspection:
         for name, lora_A, lora_B, a, b in zip(names, lora_As, lora_Bs, norms_A, norms_B, strict=True)
     ]
     return Inspection(config, modules, others, weights.stat().st_size)
-
-
-def _natural(name: str) -> list:
-    """Sort key by which layer 10 comes after layer 9."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in name.split(".")]

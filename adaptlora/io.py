@@ -1,38 +1,17 @@
-"""PEFT adapter folders in and out: adapter_config.json and adapter_model.safetensors.  [PEFT's checkpoint format]"""
+"""An Adapter's files: a PEFT folder out, and back into the modules of a model.  [PEFT's checkpoint format]"""
 
 import dataclasses
-import json
 import math
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .config import LoraConfig
-from .targets import pattern_value
+from .files import atomic_file
+from .lora_files import peft, peft_config
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-FACTOR_KEY = re.compile(r"(?P<module>.+)\.(?P<factor>lora_[AB])(\.[^.]+)?\.weight")
-_UNSUPPORTED = {
-    "use_dora": "DoRA scales by a trained magnitude",
-    "lora_bias": "lora_B has a bias",
-    "layer_replication": "layers are replicated",
-    "trainable_token_indices": "token embeddings are trained",
-    "target_parameters": "bare parameters are adapted",
-    "alora_invocation_tokens": "the adapter is activated by tokens",
-    "arrow_config": "the adapter is routed",
-    "use_qalora": "x is pooled before lora_A",
-    "use_bdlora": "the factors are block-diagonal",
-}
-
-# PEFT derives the base's weights anew from other ones when it loads the adapter: a residual is what the factors belong to.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+__all__ = ["StoredAdapter", "atomic_file", "check_pair", "check_saved", "read", "write"]
 
 
 def check_pair(op: str, name: str, lora_A, lora_B, layer) -> None:
@@ -51,13 +30,12 @@ class StoredAdapter:
     path: Path
     config: dict
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scalings: dict[str, float]
     saved: dict[str, dict[str, torch.Tensor]]
 
     def scaling(self, name: str) -> float:
         """lora_alpha / r of the module, or / √r for rsLoRA."""
-        alpha = pattern_value(self.config.get("alpha_pattern") or {}, name, self.config["lora_alpha"])
-        rank = self.factors[name][0].shape[0]
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return self.scalings[name]
 
     def lora_config(self) -> LoraConfig:
         """A configuration that attaches to exactly the modules of the file, at their ranks."""
@@ -98,100 +76,23 @@ def check_saved(op: str, found: dict[str, dict], modules: dict[str, torch.nn.Mod
 
 def read(path) -> StoredAdapter:
     """Read a PEFT LoRA adapter folder.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
-    path = Path(path)
-    config = read_config("load", path / CONFIG_FILE)
-    _check_supported(path / CONFIG_FILE, config)
-    weights = path / WEIGHTS_FILE
-    if not weights.is_file():
-        raise FileNotFoundError(f"load: {weights} is missing (only safetensors are read)")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"load: {weights} must be a whole safetensors file: {error}") from error
-    halves: dict[str, dict[str, torch.Tensor]] = {}
-    saved: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(KEY_PREFIX)
-        factor = FACTOR_KEY.fullmatch(name)
-        if factor:
-            halves.setdefault(factor["module"], {})[factor["factor"]] = tensor
-        else:
-            module, parameter = _saved_key(weights, name, config.get("modules_to_save") or ())
-            saved.setdefault(module, {})[parameter] = tensor
-    factors = pair_up("load", weights, halves)
-    for name, (lora_A, _) in factors.items():
-        expected = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
-        if lora_A.shape[0] != expected:
-            raise ValueError(
-                f"load: {weights}: {name} must have the rank that {CONFIG_FILE} gives, {expected}, got {lora_A.shape[0]}"
-            )
-    return StoredAdapter(path, config, factors, saved)
-
-
-def pair_up(op: str, file: Path, halves: dict[str, dict]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{module: (A, B)} from {module: {"lora_A": …, "lora_B": …}}.  Raises: ValueError (a half is missing, other ranks, no module)."""
-    for name, pair in halves.items():
-        shapes = {factor: tuple(tensor.shape) for factor, tensor in pair.items()}
-        two_dims = pair.keys() == {"lora_A", "lora_B"} and all(len(shape) == 2 for shape in shapes.values())
-        if not two_dims or shapes["lora_A"][0] != shapes["lora_B"][1]:
-            raise ValueError(
-                f"{op}: {file}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}"
-            )
-        for factor, tensor in pair.items():
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ValueError(
-                    f"{op}: {file}: {name}: {factor} must hold finite floating-point numbers, got {tensor.dtype}"
-                )
-    if not halves:
-        raise ValueError(f"{op}: {file} must hold lora_A and lora_B of at least one module, got none")
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in halves.items()}
-
-
-def read_config(op: str, file: Path) -> dict:
-    """adapter_config.json of a LoRA adapter.  Raises: FileNotFoundError, ValueError (no JSON, another kind of adapter)."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{op}: {file} is missing")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{op}: {file} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f'{op}: {file}: peft_type must be "LORA", got {found!r}')
-    return config
-
-
-def _positive(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _check_supported(file: Path, config: dict) -> None:
-    """Raises: ValueError if the configuration is damaged, or means something that the factors alone do not hold."""
-    if not _positive(config.get("r")) or config["r"] != int(config["r"]):
-        raise ValueError(f"load: {file}: r must be an integer > 0, got {config.get('r')!r}")
-    if not _positive(config.get("lora_alpha")):
-        raise ValueError(f"load: {file}: lora_alpha must be a number > 0, got {config.get('lora_alpha')!r}")
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(field) or {}
-        if not isinstance(pattern, dict) or not all(map(_positive, pattern.values())):
-            raise ValueError(f"load: {file}: {field} must give numbers > 0 by module, got {pattern!r}")
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(
-                    f"load: {file}: {field} must have regular expressions as keys, got {key!r}: {error}"
-                ) from error
-    if config.get("bias", "none") != "none":
-        raise ValueError(f'load: {file}: bias must be "none", got {config["bias"]!r}')
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        found = config["init_lora_weights"]
+    file = peft.read(path, "load")
+    weights = file.path / peft.WEIGHTS_FILE
+    if file.config.get("lora_bias"):
         raise ValueError(
-            f"load: {file}: init_lora_weights must leave the base weights alone ({_PLAIN_INITS}), got {found!r}"
+            f"load: {file.path / peft.CONFIG_FILE}: lora_bias is not supported (lora_B has a bias), got True"
         )
-    for field, reason in _UNSUPPORTED.items():
-        if config.get(field):
-            raise ValueError(f"load: {file}: {field} is not supported ({reason}), got {config[field]!r}")
+    factor_keys = {key for keys in file.keys.values() for key in keys.values()}
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in file.tensors.items():
+        if key not in factor_keys:
+            name = key.removeprefix(peft.KEY_PREFIX)
+            module, parameter = _saved_key(weights, name, file.config.get("modules_to_save") or ())
+            saved.setdefault(module, {})[parameter] = tensor
+    factors = {name: (module.lora_A, module.lora_B) for name, module in file.modules.items()}
+    return StoredAdapter(
+        file.path, file.config, factors, {name: module.scaling for name, module in file.modules.items()}, saved
+    )
 
 
 def _saved_key(file: Path, name: str, modules_to_save) -> tuple[str, str]:
@@ -209,6 +110,7 @@ def _peft_config(adapter) -> dict:
     if not ranks:
         raise ValueError("save: at least one module must have a rank above 0, got 0 everywhere")
     alphas = {name: adapter.layers[name].scaling / config.scaling(rank, 1.0) for name, rank in ranks.items()}
+    others = [name for name, _ in adapter.model.named_modules() if name not in ranks]
     model_config = getattr(adapter.model, "config", None)
     return {
         "peft_type": "LORA",
@@ -217,10 +119,10 @@ def _peft_config(adapter) -> dict:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": _target_modules(adapter, list(ranks)),
+        "target_modules": peft_config.target_modules(list(ranks), others),
         "modules_to_save": list(adapter.saved) or None,
-        "rank_pattern": _pattern({name: rank for name, rank in ranks.items() if rank != config.r}, ranks),
-        "alpha_pattern": _pattern(
+        "rank_pattern": peft_config.pattern({name: rank for name, rank in ranks.items() if rank != config.r}, ranks),
+        "alpha_pattern": peft_config.pattern(
             {
                 name: alpha
                 for name, alpha in alphas.items()
@@ -244,67 +146,14 @@ def _task_type(adapter) -> str | None:
     return next((kind for suffix, kind in kinds.items() if type(adapter.model).__name__.endswith(suffix)), None)
 
 
-def _pattern(values: dict, names) -> dict:
-    """`values` keyed for PEFT, which matches suffixes: a name that ends another adapted name is anchored at its start."""
-    return {
-        f"^{name}" if any(other.endswith(f".{name}") for other in names) else name: value
-        for name, value in values.items()
-    }
-
-
-def _target_modules(adapter, names: list[str]) -> list[str] | str:
-    """A list of names where PEFT's suffix rule means exactly these modules in the model, else a regular expression for them."""
-    others = [name for name, _ in adapter.model.named_modules() if name not in names]
-    if any(other.endswith(f".{name}") for name in names for other in others):
-        return "|".join(map(re.escape, names))
-    return names
-
-
 def write(adapter, path) -> None:
     """Write an Adapter as a PEFT adapter folder; see `Adapter.save`."""
-    path = Path(path)
-    config = json.dumps(_peft_config(adapter), indent=2, ensure_ascii=False) + "\n"
     tensors = {}
     for name, layer in adapter.layers.items():
         if layer.rank:
-            tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-            tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+            tensors[f"{peft.KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+            tensors[f"{peft.KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_B
     for name, module in adapter.saved.items():
-        tensors |= {f"{KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
+        tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path / WEIGHTS_FILE) as weights_file, atomic_file(path / CONFIG_FILE) as config_file:
-        save_file(tensors, weights_file, metadata={"format": "pt"})
-        config_file.write_text(config, encoding="utf-8")
-
-
-class atomic_file:
-    """
-    with atomic_file(path) as temporary: write to `temporary`, a Path beside `path`; it replaces `path` on success, synced
-    to disk, and is removed if the block raises, leaving `path` as it was.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if kind is None:
-                self._replace()
-        finally:
-            self.temporary.unlink(missing_ok=True)
-
-    def _replace(self) -> None:
-        mask = os.umask(0)
-        os.umask(mask)
-        self.temporary.chmod(0o666 & ~mask)
-        with open(self.temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.temporary, self.path)
+    peft.write_folder(Path(path), _peft_config(adapter), tensors, {})

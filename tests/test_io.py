@@ -11,7 +11,8 @@ from models import Net, bert_batch, randomise, tiny_bert
 from safetensors.torch import load_file, save_file
 
 import adaptlora
-from adaptlora import io
+from adaptlora import files
+from adaptlora.lora_files import peft as peft_files
 from adaptlora.ranks import commit_ranks
 
 BASE = {"r": 6, "lora_alpha": 9, "target_modules": "all-linear"}
@@ -72,7 +73,7 @@ def test_load_restores_ranks_scalings_and_outputs(name, tmp_path):
         assert loaded.layers[module].scaling == pytest.approx(layer.scaling, rel=1e-14)
     assert_same(logits(loaded.model), logits(adapter.model))
     loaded.save(tmp_path / "again")
-    first, second = (load_file(path / io.WEIGHTS_FILE) for path in (tmp_path, tmp_path / "again"))
+    first, second = (load_file(path / peft_files.WEIGHTS_FILE) for path in (tmp_path, tmp_path / "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -115,7 +116,7 @@ def test_rank_zero_modules_are_left_out_and_come_back(tmp_path):
     names = list(adapter.layers)
     set_ranks(adapter, {names[0]: 0, names[1]: 2})
     adapter.save(tmp_path)
-    config = json.loads((tmp_path / io.CONFIG_FILE).read_text())
+    config = json.loads((tmp_path / peft_files.CONFIG_FILE).read_text())
     assert names[0] not in config["target_modules"] and config["rank_pattern"] == {names[1]: 2}
     model = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
     assert_same(logits(model), logits(adapter.model))
@@ -165,7 +166,7 @@ def test_a_failed_save_leaves_the_old_adapter(victim, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(
-        *{"save_file": (io, "save_file"), "replace": (os, "replace"), "fsync": (os, "fsync")}[victim], fail
+        *{"save_file": (peft_files, "save_file"), "replace": (os, "replace"), "fsync": (os, "fsync")}[victim], fail
     )
     with pytest.raises(OSError, match="disk full"):
         adapter.save(tmp_path)
@@ -174,11 +175,11 @@ def test_a_failed_save_leaves_the_old_adapter(victim, tmp_path, monkeypatch):
 
 def test_atomic_file_replaces_only_on_success(tmp_path):
     file = tmp_path / "new" / "file.txt"
-    with io.atomic_file(file) as temporary:
+    with files.atomic_file(file) as temporary:
         temporary.write_text("first")
         assert not file.exists()
     assert file.read_text() == "first"
-    with pytest.raises(KeyError), io.atomic_file(file) as temporary:
+    with pytest.raises(KeyError), files.atomic_file(file) as temporary:
         temporary.write_text("second")
         raise KeyError("interrupted")
     assert file.read_text() == "first" and [f.name for f in file.parent.iterdir()] == ["file.txt"]
@@ -188,14 +189,14 @@ def test_atomic_file_replaces_only_on_success(tmp_path):
 
 
 def edit_config(path, **changes):
-    file = path / io.CONFIG_FILE
+    file = path / peft_files.CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def edit_tensors(path, change):
-    tensors = load_file(path / io.WEIGHTS_FILE)
+    tensors = load_file(path / peft_files.WEIGHTS_FILE)
     change(tensors)
-    save_file(tensors, path / io.WEIGHTS_FILE)
+    save_file(tensors, path / peft_files.WEIGHTS_FILE)
 
 
 def first_key(tensors, factor):
@@ -203,18 +204,22 @@ def first_key(tensors, factor):
 
 
 def truncate(path):
-    data = (path / io.WEIGHTS_FILE).read_bytes()
-    (path / io.WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
+    data = (path / peft_files.WEIGHTS_FILE).read_bytes()
+    (path / peft_files.WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
 
 
 DAMAGE = {
-    "no config": (lambda p: (p / io.CONFIG_FILE).unlink(), FileNotFoundError, "adapter_config.json is missing"),
+    "no config": (lambda p: (p / peft_files.CONFIG_FILE).unlink(), FileNotFoundError, "adapter_config.json is missing"),
     "no weights": (
-        lambda p: (p / io.WEIGHTS_FILE).unlink(),
+        lambda p: (p / peft_files.WEIGHTS_FILE).unlink(),
         FileNotFoundError,
         r"adapter_model.safetensors is missing \(only",
     ),
-    "config cut": (lambda p: (p / io.CONFIG_FILE).write_text('{"r": '), ValueError, "adapter_config.json must be JSON"),
+    "config cut": (
+        lambda p: (p / peft_files.CONFIG_FILE).write_text('{"r": '),
+        ValueError,
+        "adapter_config.json must be JSON",
+    ),
     "weights cut": (truncate, ValueError, "adapter_model.safetensors must be a whole safetensors file"),
     "other method": (lambda p: edit_config(p, peft_type="IA3"), ValueError, "peft_type must be \"LORA\", got 'IA3'"),
     "dora": (lambda p: edit_config(p, use_dora=True), ValueError, "use_dora is not supported .DoRA scales"),
@@ -253,7 +258,7 @@ DAMAGE = {
     "integers": (
         lambda p: edit_tensors(p, lambda t: t.update({first_key(t, "lora_A"): t[first_key(t, "lora_A")].int()})),
         ValueError,
-        "lora_A must hold finite floating-point numbers, got torch.int32",
+        "lora_A must hold finite floating-point numbers of 16 bits or more, got torch.int32",
     ),
     "half a pair": (
         lambda p: edit_tensors(p, lambda t: t.pop(first_key(t, "lora_B"))),

@@ -1,0 +1,110 @@
+"""diffusers' files: PEFT's factors under the pipeline's names (unet.….lora_A.weight), or the names from before PEFT.
+
+Scalings: from <stem>.alpha, or from the LoraConfigs in the metadata, else 1.  [diffusers' checkpoint format]
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import atomic_file
+from . import peft_config
+from .base import LoraFile, LoraModule
+from .kohya import stored_alpha
+
+_KEY = re.compile(
+    r"(?P<module>.+?)(?:"
+    r"\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight"
+    r"|\.lora_B(?:\.[^.]+)?\.(?P<bias>bias)"
+    r"|[._]lora(?:_linear_layer)?\.(?P<half>down|up)\.weight"
+    r"|(?:_lora)?\.(?P<alpha>alpha))"
+)
+_PARTS = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B", "bias": "bias", "alpha": "alpha"}
+_CONFIGS = "lora_adapter_metadata"
+
+
+def known_part(key: str) -> tuple[str, str] | None:
+    """(stem, "lora_A" | "lora_B" | "bias" | "alpha"); None for any other tensor."""
+    found = _KEY.fullmatch(key)
+    return found and (found["module"], _PARTS[next(filter(None, found.group("factor", "bias", "half", "alpha")))])
+
+
+def read_configs(op: str, file: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    """{component, or "": its LoraConfig} from the metadata.  Raises: ValueError (no JSON object, a damaged or unsupported one)."""
+    try:
+        flat = json.loads(metadata.get(_CONFIGS, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{op}: {file}: {_CONFIGS} must be JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise ValueError(f"{op}: {file}: {_CONFIGS} must be an object, got {type(flat).__name__}")
+    configs: dict[str, dict] = {}
+    for key, value in flat.items():
+        component, _, field = key.rpartition(".")
+        configs.setdefault(component, {})[field] = value
+    for component, config in configs.items():
+        peft_config.check_config(op, f"{file}: {_CONFIGS} of {component!r}", config)
+    return configs
+
+
+def component_of(configs: dict[str, dict], name: str) -> tuple[str, str] | None:
+    """(component, name inside it) of a module; None if no configuration is about it."""
+    for component in sorted(configs, key=len, reverse=True):
+        if name.startswith(f"{component}.") or not component:
+            return component, name.removeprefix(f"{component}.")
+    return None
+
+
+@dataclasses.dataclass
+class DiffusersFile(LoraFile):
+    """One .safetensors file with diffusers' keys. configs: {component: LoraConfig} from the metadata."""
+
+    configs: dict[str, dict]
+
+    def _stored(self, name: str, module: LoraModule) -> dict[str, Tensor]:
+        key = self.keys[name].get("alpha")
+        says_scaling = key or component_of(self.configs, name)
+        if not says_scaling and module.scaling != 1:
+            bias = module.bias if module.bias is None else module.bias * module.scaling
+            module = dataclasses.replace(module, lora_B=module.lora_B * module.scaling, bias=bias, scaling=1.0)
+        stored = super()._stored(name, module)
+        if key:
+            stored[key] = stored_alpha(self.tensors[key], module.scaling, module.lora_A.shape[0])
+        return stored
+
+    def _save(self, out: Path, tensors: dict[str, Tensor], modules: dict[str, LoraModule]) -> None:
+        metadata = dict(self.metadata)
+        if self.configs:
+            flat = {}
+            for component, config in self._configs(modules).items():
+                flat |= {f"{component}.{field}" if component else field: value for field, value in config.items()}
+            metadata[_CONFIGS] = json.dumps(flat, indent=2, sort_keys=True)
+        with atomic_file(out) as file:
+            save_file(tensors, file, metadata=metadata or None)
+
+    def _configs(self, modules: dict[str, LoraModule]) -> dict[str, dict]:
+        """The configurations of what is left; one with no module left is dropped, one with skipped modules alone stays."""
+        configs = {}
+        for component, config in self.configs.items():
+            within = {
+                name: place[1]
+                for name in (*self.modules, *self.skipped)
+                if (place := component_of(self.configs, name)) and place[0] == component
+            }
+            ranks, alphas = {}, {}
+            for name, inner in within.items():
+                if name in modules:
+                    ranks[inner] = modules[name].lora_A.shape[0]
+                    alphas[inner] = peft_config.alpha_for(config, modules[name].scaling, ranks[inner])
+                elif name in self.skipped:
+                    ranks[inner], alphas[inner] = (
+                        peft_config.rank_of(config, inner),
+                        peft_config.alpha_of(config, inner),
+                    )
+            if ranks:
+                dropped = [inner for inner in within.values() if inner not in ranks]
+                configs[component] = peft_config.for_modules(config, ranks, alphas, dropped)
+        return configs

@@ -1,0 +1,84 @@
+"""PEFT adapter folders: adapter_config.json and adapter_model.safetensors.  [PEFT's checkpoint format]"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ..files import atomic_file, read_tensors
+from . import peft_config
+from .base import LoraFile, LoraModule, find_parts, pair, split_supported, unsupported_part
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?P<module>.+?)\.(?P<factor>lora_[AB])(\.[^.]+)?\.(?P<kind>weight|bias)")
+
+
+def known_part(name: str) -> tuple[str, str] | None:
+    """(module, "lora_A" | "lora_B" | "bias") of a key without its prefix; None for any other tensor."""
+    found = _KEY.fullmatch(name)
+    if found is None or (found["factor"], found["kind"]) == ("lora_A", "bias") or ".base_layer." in name:
+        return None
+    return found["module"], found["factor"] if found["kind"] == "weight" else "bias"
+
+
+@dataclasses.dataclass
+class PeftFile(LoraFile):
+    """A PEFT adapter folder. config: adapter_config.json."""
+
+    config: dict
+
+    def _save(self, out: Path, tensors: dict, modules: dict[str, LoraModule]) -> None:
+        config = self._config(modules) if self.modules else self.config
+        write_folder(out, config, tensors, self.metadata)
+
+    def _config(self, modules: dict[str, LoraModule]) -> dict:
+        ranks = {name: module.lora_A.shape[0] for name, module in modules.items()}
+        alphas = {name: peft_config.alpha_for(self.config, modules[name].scaling, rank) for name, rank in ranks.items()}
+        for name in self.skipped:
+            if any(key.startswith(f"{KEY_PREFIX}{name}.lora_") for key in self.tensors):
+                ranks[name] = peft_config.rank_of(self.config, name)
+                alphas[name] = peft_config.alpha_of(self.config, name)
+        dropped = [name for name in self.modules if name not in modules]
+        return peft_config.for_modules(self.config, ranks, alphas, dropped)
+
+
+def read(path, op: str = "read", *, skip_unsupported: bool = False) -> PeftFile:
+    """Read a PEFT LoRA adapter folder; see `lora_files.read`."""
+    path = Path(path)
+    config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
+    config = peft_config.read_config(op, config_file)
+    peft_config.check_config(op, config_file, config)
+    whole = peft_config.unsupported_field(config)
+    if whole and not skip_unsupported:
+        raise ValueError(f"{op}: {config_file}: {whole}")
+    tensors, metadata = read_tensors(op, weights)
+    parts = find_parts(op, weights, {key: key.removeprefix(KEY_PREFIX) for key in tensors}, known_part)
+    keys, skipped = split_supported(
+        op, weights, parts, lambda name: unsupported_part(parts[name]) or whole, skip=skip_unsupported
+    )
+    modules = {}
+    for name, found in keys.items():
+        lora_A, lora_B, bias = pair(op, weights, name, {part: tensors[key] for part, key in found.items()})
+        rank, expected = lora_A.shape[0], peft_config.rank_of(config, name)
+        if rank != expected:
+            raise ValueError(
+                f"{op}: {weights}: {name} must have the rank that {CONFIG_FILE} gives, {expected}, got {rank}"
+            )
+        if bias is not None and not config.get("lora_bias"):
+            raise ValueError(f"{op}: {weights}: {name} must have no bias of lora_B unless lora_bias is true, got one")
+        scaling = peft_config.scaling_of(config, name, rank)
+        modules[name] = LoraModule(name, lora_A, lora_B, scaling, bias, bool(config.get("fan_in_fan_out")))
+    return PeftFile(path, "peft", modules, skipped, metadata, tensors, keys, config)
+
+
+def write_folder(out: Path, config: dict, tensors: dict, metadata: dict[str, str]) -> None:
+    """Both files of an adapter, each written under a temporary name and renamed."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / WEIGHTS_FILE) as weights_file, atomic_file(out / CONFIG_FILE) as config_file:
+        save_file(tensors, weights_file, metadata={"format": "pt"} | metadata)
+        config_file.write_text(text, encoding="utf-8")

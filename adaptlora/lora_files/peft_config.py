@@ -1,0 +1,143 @@
+"""PEFT's LoraConfig as a dict: what it says about each module, and the same for other modules, ranks and scalings."""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from ..targets import pattern_value
+from .base import is_positive
+
+_UNSUPPORTED = {
+    "use_dora": "DoRA scales by a trained magnitude",
+    "layer_replication": "layers are replicated",
+    "trainable_token_indices": "token embeddings are trained",
+    "target_parameters": "bare parameters are adapted",
+    "alora_invocation_tokens": "the adapter is activated by tokens",
+    "arrow_config": "the adapter is routed",
+    "use_qalora": "x is pooled before lora_A",
+    "use_bdlora": "the factors are block-diagonal",
+}
+
+# PEFT derives the base's weights anew from other ones when it loads the adapter: a residual is what the factors belong to.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def read_config(op: str, file: Path) -> dict:
+    """adapter_config.json of a LoRA adapter.  Raises: FileNotFoundError, ValueError (no JSON, another kind of adapter)."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{op}: {file} is missing")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{op}: {file} must be JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f'{op}: {file}: peft_type must be "LORA", got {found!r}')
+    return config
+
+
+def check_config(op: str, file: Path, config: dict) -> None:
+    """Raises: ValueError if ranks or scalings are damaged, or the factors belong to other weights than the base's."""
+    if not is_positive(config.get("r")) or config["r"] != int(config["r"]):
+        raise ValueError(f"{op}: {file}: r must be an integer > 0, got {config.get('r')!r}")
+    if not is_positive(config.get("lora_alpha")):
+        raise ValueError(f"{op}: {file}: lora_alpha must be a number > 0, got {config.get('lora_alpha')!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict) or not all(map(is_positive, pattern.values())):
+            raise ValueError(f"{op}: {file}: {field} must give numbers > 0 by module, got {pattern!r}")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(
+                    f"{op}: {file}: {field} must have regular expressions as keys, got {key!r}: {error}"
+                ) from error
+    if config.get("bias", "none") != "none":
+        raise ValueError(f'{op}: {file}: bias must be "none", got {config["bias"]!r}')
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        found = config["init_lora_weights"]
+        raise ValueError(
+            f"{op}: {file}: init_lora_weights must leave the base weights alone ({_PLAIN_INITS}), got {found!r}"
+        )
+
+
+def unsupported_field(config: dict) -> str | None:
+    """Why the modules of such an adapter are more than scaling · B A (and scaling · bias); None if they are not."""
+    for field, why in _UNSUPPORTED.items():
+        if config.get(field):
+            return f"{field} is not supported ({why}), got {config[field]!r}"
+    return None
+
+
+def rank_of(config: dict, name: str) -> int:
+    return pattern_value(config.get("rank_pattern") or {}, name, config["r"])
+
+
+def alpha_of(config: dict, name: str) -> float:
+    return pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+
+
+def scaling_of(config: dict, name: str, rank: int) -> float:
+    """lora_alpha / r of the module, or / √r for rsLoRA."""
+    return alpha_of(config, name) / _divisor(config, rank)
+
+
+def _divisor(config: dict, rank: int) -> float:
+    return math.sqrt(rank) if config.get("use_rslora") else rank
+
+
+def alpha_for(config: dict, scaling: float, rank: int) -> float:
+    """The alpha that PEFT divides to exactly `scaling` (the nearest to it where no float does), an integer where one does."""
+    divisor = _divisor(config, rank)
+    alpha = scaling * divisor
+    candidates = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
+    return next((candidate for candidate in candidates if candidate and candidate / divisor == scaling), alpha)
+
+
+def for_modules(config: dict, ranks: dict[str, int], alphas: dict[str, float], others=()) -> dict:
+    """
+    `config` for exactly these modules, at these ranks and alphas.
+
+    Args: ranks, alphas: by module name, at least one.   others: further names of the model, which must not be adapted.
+    """
+    r, lora_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    changed = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": pattern({name: rank for name, rank in ranks.items() if rank != r}, ranks),
+        "alpha_pattern": pattern({name: alpha for name, alpha in alphas.items() if alpha != lora_alpha}, ranks),
+        "init_lora_weights": True,
+    }
+    if any(True for _ in others):
+        anew = not isinstance(config.get("target_modules"), list)
+        changed["target_modules"] = target_modules(list(ranks), others, regex=anew)
+        changed |= {
+            field: None for field in ("exclude_modules", "layers_to_transform", "layers_pattern") if field in config
+        }
+    return config | changed
+
+
+def pattern(values: dict, names) -> dict:
+    """
+    `values` keyed for PEFT, which takes a key as a regular expression for a name or a dotted suffix of it: a name that would
+    also match another one of `names` is anchored at its start, and escaped.
+    """
+    keyed = {}
+    for name, value in values.items():
+        rule = re.compile(re.escape(name).replace(r"\.", "."))
+        ends = [other[-len(name) :] for other in names if other != name and len(other) >= len(name)]
+        if any(map(rule.fullmatch, ends)):
+            keyed[f"^{re.escape(name)}"] = value
+        else:
+            keyed[name if rule.pattern == name else re.escape(name)] = value
+    return keyed
+
+
+def target_modules(names: list[str], others, *, regex: bool = False) -> list[str] | str:
+    """A list of names where PEFT's suffix rule means none of `others`, else, or on demand, a regular expression for them."""
+    if regex or any(other.endswith(f".{name}") for name in names for other in others):
+        return "|".join(map(re.escape, names))
+    return names
