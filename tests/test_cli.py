@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 import adaptlora
 from adaptlora import doctor
-from adaptlora.cli import _bars, _target_modules, app
+from adaptlora.cli import app
+from adaptlora.cli.console import bars
+from adaptlora.cli.finetune import _target_modules
 from adaptlora.finetune import FinetuneSpec, data, fetch, peft_twin, run, tasks
 from adaptlora.finetune import runner as runner_module
 from adaptlora.inspection import inspect_adapter
@@ -495,10 +497,10 @@ def test_inspect_refuses_what_it_cannot_read(tmp_path):
     assert "out must end in .png, got 'picture.jpg'" in refused("a", "-o", "picture.jpg")
 
 
-def test_bars():
-    assert _bars([1.0, 0.5, 0.0]) == "█▄ "
-    assert _bars([1.0] * 100) == "█" * 24
-    assert _bars([]) == ""
+def testbars():
+    assert bars([1.0, 0.5, 0.0]) == "█▄ "
+    assert bars([1.0] * 100) == "█" * 24
+    assert bars([]) == ""
 
 
 # doctor and help

@@ -1,0 +1,213 @@
+"""adaptlora finetune"""
+
+import os
+import re
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..finetune._extras import need
+from ..finetune.presets import METHODS, PRESETS, TASKS, FinetuneSpec, preset
+from .app import app
+from .console import one_clear_line, progress
+
+_DEFAULT = FinetuneSpec(model="", data="")
+_OPTIONS = {  # help panel → field of FinetuneSpec → text
+    "What to train": {
+        "model": "A transformers folder (or @minilm, @smollm2: fetched ones).",
+        "task": f"{' or '.join(TASKS)}.",
+    },
+    "Your data": {
+        "data": "A .csv file with a header, or .jsonl with an object a line.",
+        "eval_data": "A file to test on. Without it a part of --data is held out.",
+        "text_column": "Column of the text; of the prompt, in causal-lm with --label-column.",
+        "label_column": "Column of the label (without it: label); in causal-lm of the text to learn after the prompt"
+        " (without it: no prompts).",
+        "chat": "causal-lm: put prompts into the tokenizer's chat template.",
+        "holdout": "Different texts to hold out for the test (without it: a fifth, at most 1,000).",
+        "max_length": "Tokens of an example; longer ones are cut.",
+        "data_dir": "Where fetched models and data are.",
+    },
+    "Method": {
+        "method": f"{' or '.join(METHODS)}: ranks that adapt, or plain LoRA.",
+        "r": "Rank of every module at the start.",
+        "target_r": "Average rank after the clip.",
+        "threshold": "Instead of --target-r: keep vectors up to the last that scores above this, 0 ≤ threshold < 1.",
+        "lora_alpha": "Scaling is lora-alpha / r.",
+        "lora_dropout": "Dropout of the adapter's input.",
+        "target_modules": "all-linear, names separated by commas, or a regular expression for whole names.",
+        "t_p": "Step at which the penalty ends (without it: a third of the steps).",
+        "t_c": "Step at which the ranks are clipped (without it: 7/18 of the steps).",
+        "penalty_step": "proximal or gradient: shrink vectors after the optimizer's step, or through the loss.",
+    },
+    "Training": {
+        "lr": "AdamW's learning rate.",
+        "steps": "Optimizer steps; t-p and t-c move along unless they are given.",
+        "batch_size": "Examples in a batch.",
+        "warmup": "Steps over which the learning rate rises.",
+        "decay": "Let the learning rate fall linearly to 0.",
+        "seed": "Of initial values, order and dropout. The test set stays the same.",
+        "device": "cpu, cuda or auto.",
+        "compare": "Train PEFT's LoRA of the same r on the same batches too, in turns.",
+    },
+}
+
+
+def _option(field: str, *flags: str):
+    """The option of a field of FinetuneSpec: its text, its default, and the presets' values where they differ."""
+    panel = next(panel for panel, texts in _OPTIONS.items() if field in texts)
+    values = {name: getattr(spec, field) for name, spec in PRESETS.items()}
+    default = getattr(_DEFAULT, field)
+    shown = [] if default in (None, "") else [f"default: {default}"]
+    if panel != "What to train" and field not in ("data", "target_modules"):
+        shown += [f"{name}: {value}" for name, value in values.items() if value != default]
+    suffix = f" [{', '.join(shown)}]" if shown else ""
+    return typer.Option(*flags, help=escape(_OPTIONS[panel][field] + suffix), rich_help_panel=panel)
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+The demo, after `make data` or `python -m adaptlora.finetune.fetch trec`:
+
+    adaptlora finetune --preset trec
+
+Your own classifier, from a transformers folder and a file with the columns question and topic; rank 16, cut to 4:
+
+    adaptlora finetune --model ./bert --data train.csv --text-column question --label-column topic --r 16 --target-r 4
+
+A language model on prompts and answers:
+
+    adaptlora finetune --model ./llama --task causal-lm --data pairs.jsonl --text-column prompt --label-column answer
+
+The same steps with plain LoRA, all ranks kept:
+
+    adaptlora finetune --preset trec --method lora -o runs/trec-lora
+"""
+)
+def finetune(
+    preset_name: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help=f"Model, data and numbers that go together: {', '.join(PRESETS)}. Options below override them.",
+            rich_help_panel="What to train",
+        ),
+    ] = None,
+    model: Annotated[str | None, _option("model")] = None,
+    task: Annotated[str | None, _option("task")] = None,
+    data: Annotated[str | None, _option("data")] = None,
+    eval_data: Annotated[str | None, _option("eval_data")] = None,
+    text_column: Annotated[str | None, _option("text_column")] = None,
+    label_column: Annotated[str | None, _option("label_column")] = None,
+    chat: Annotated[bool | None, _option("chat", "--chat/--no-chat")] = None,
+    holdout: Annotated[int | None, _option("holdout")] = None,
+    max_length: Annotated[int | None, _option("max_length")] = None,
+    data_dir: Annotated[str | None, _option("data_dir")] = None,
+    method: Annotated[str | None, _option("method")] = None,
+    r: Annotated[int | None, _option("r", "--r")] = None,
+    target_r: Annotated[float | None, _option("target_r")] = None,
+    threshold: Annotated[float | None, _option("threshold")] = None,
+    lora_alpha: Annotated[float | None, _option("lora_alpha")] = None,
+    lora_dropout: Annotated[float | None, _option("lora_dropout")] = None,
+    target_modules: Annotated[str | None, _option("target_modules")] = None,
+    t_p: Annotated[int | None, _option("t_p")] = None,
+    t_c: Annotated[int | None, _option("t_c")] = None,
+    penalty_step: Annotated[str | None, _option("penalty_step")] = None,
+    lr: Annotated[float | None, _option("lr")] = None,
+    steps: Annotated[int | None, _option("steps")] = None,
+    batch_size: Annotated[int | None, _option("batch_size")] = None,
+    warmup: Annotated[int | None, _option("warmup")] = None,
+    decay: Annotated[bool | None, _option("decay", "--decay/--no-decay")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    device: Annotated[str | None, _option("device")] = None,
+    compare: Annotated[bool | None, _option("compare", "--compare/--no-compare")] = None,
+    short: Annotated[
+        bool,
+        typer.Option(
+            "--short",
+            help="A dozen steps that take every turn of the whole run, to see that it works.",
+            rich_help_panel="Training",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the results (without it: runs/ and the preset's name, or runs/finetune).",
+            rich_help_panel="Result",
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune a model with adaptive-rank LoRA and see what it gave.
+
+    Prints test scores before training, at the clip and at the end, the rank of
+    every module, sizes before and after the clip, and the time of a step beside
+    PEFT's.
+
+    Writes a PEFT adapter, pictures of ranks and losses, and report.json with
+    everything. The adapter is loaded back by stock PEFT before the command ends,
+    and must compute the same.
+    """
+    os.environ.setdefault(
+        "HF_HUB_OFFLINE", "1"
+    )  # everything is read from folders; transformers reads this when it is imported
+    given = {
+        name: value
+        for name, value in locals().items()
+        if name in FinetuneSpec.__dataclass_fields__ and value is not None
+    }
+    with one_clear_line():
+        spec = _spec(preset_name, given, short)
+        out = out or Path("runs") / (preset_name or "finetune")
+        from ..finetune.runner import run
+
+        console = Console()
+        with progress(console) as watch, quiet():
+            report = run(spec, out=out, watch=watch)
+        report.print(console)
+
+
+def _spec(preset_name: str | None, given: dict, short: bool) -> FinetuneSpec:
+    """The preset, or the defaults, with what was given."""
+    if "target_modules" in given:
+        given["target_modules"] = _target_modules(given["target_modules"])
+    if preset_name is not None:
+        base = preset(preset_name)
+        if "steps" in given:
+            base = replace(base, t_p=None, t_c=None)
+    else:
+        missing = [f"--{name}" for name in ("model", "data") if name not in given]
+        if missing:
+            raise ValueError(
+                f"finetune: --preset, or both --model and --data, must be given, got no {' and no '.join(missing)}"
+            )
+        base = _DEFAULT
+    if short:
+        base = base.shortened()
+    return replace(base, **given)
+
+
+def _target_modules(text: str) -> str | tuple[str, ...]:
+    """all-linear and regular expressions as they are; plain names, separated by commas, as names."""
+    names = [name.strip() for name in text.split(",")]
+    plain = text != "all-linear" and all(re.fullmatch(r"[\w.]+", name) for name in names)
+    return tuple(names) if plain else text
+
+
+@contextmanager
+def quiet():
+    """Without transformers' own bars and load reports, and other packages' warnings about their future."""
+    logging = need("transformers", "adaptlora finetune").utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
