@@ -90,7 +90,7 @@ def _divisor(config: dict, rank: int) -> float:
 
 
 def alpha_for(config: dict, scaling: float, rank: int) -> float:
-    """The alpha that PEFT divides to exactly `scaling` (the nearest to it where no float does), an integer where one does."""
+    """The alpha that PEFT divides to exactly `scaling`, an integer where one does; to its last bit where no float does."""
     divisor = _divisor(config, rank)
     alpha = scaling * divisor
     candidates = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))

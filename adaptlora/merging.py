@@ -1,0 +1,134 @@
+"""A model folder with LoRA modules merged into its weights, written one shard at a time."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .base_weights import BaseWeights
+from .files import atomic_folder, read_tensors
+from .lora_files import LoraModule
+
+# Weights in other formats are not those of the merged model, and an adapter's configuration would be loaded on top of it.
+_LEFT_OUT = (
+    ".index.json",
+    "adapter_config.json",
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".ot",
+)
+
+
+def merged_weight(weight: Tensor, module: LoraModule) -> Tensor:
+    """W + scaling · B A for W (N, K), in float32 (float64 where W is), rounded once to W's dtype."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    total = torch.addmm(
+        weight.to(dtype),
+        *(factor.to(weight.device, dtype) for factor in (module.lora_B, module.lora_A)),
+        alpha=module.scaling,
+    )
+    return total.to(weight.dtype)
+
+
+def merged_bias(bias: Tensor, module: LoraModule) -> Tensor:
+    """bias + scaling · lora_B's bias, in float32 (float64 where the bias is), rounded once."""
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    return torch.add(bias.to(dtype), module.bias.to(bias.device, dtype), alpha=module.scaling).to(bias.dtype)
+
+
+def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out) -> None:
+    """
+    Write the model folder of `base` to `out` with W + scaling · B A in the place of the modules' weights.
+
+    Memory holds one shard at most. Other tensors, shards and files (config.json, tokenizer, …) are copied; weights in other formats
+    are not. `out` is filled under a temporary name and renamed. A head tied to the embedding is refused: its update would
+    change the embedding as well, and to untie them means to know what the architecture does with them.
+    Raises: FileNotFoundError, ValueError (a base that is one file, an `out` that exists and is not empty or lies in the base, a module
+        without a weight, twice or tied, a shape, a bias that the base lacks), before anything is written; ValueError (a merged weight
+        that overflows its dtype), and nothing is left.
+    """
+    out = Path(out)
+    _check_out(base, out)
+    updates = _updates(base, list(modules))
+    with atomic_folder(out) as temporary:
+        _copy_rest(base.path, temporary)
+        for file in base.files:
+            tensors, metadata = read_tensors("merge", file)
+            for key in tensors.keys() & updates.keys():
+                merged = updates[key](tensors[key])
+                if not merged.isfinite().all():
+                    raise ValueError(
+                        f"merge: {key} must be finite in {merged.dtype} once merged, got an overflow or NaN"
+                    )
+                tensors[key] = merged
+            save_file(tensors, temporary / file.name, metadata=metadata or None)
+        if base.index:
+            shutil.copyfile(base.index, temporary / base.index.name)
+
+
+def _updates(base: BaseWeights, modules: list[LoraModule]) -> dict:
+    """{key: stored tensor → merged tensor}, seen to fit."""
+    updates = {}
+    keys = base.find([module.name for module in modules])
+    for module in modules:
+        key = keys[module.name]
+        shape = base.shape(module.name, module.fan_in_fan_out)
+        expected = module.lora_B.shape[0], module.lora_A.shape[1]
+        if shape != expected:
+            raise ValueError(f"merge: the base weight of {module.name} must have shape {expected}, got {shape}")
+        if base.is_tied(module.name):
+            raise ValueError(
+                f"merge: {module.name} must have a weight of its own, got one tied to the embedding, {key}"
+            )
+        if key in updates:
+            raise ValueError(f"merge: {module.name} must be the only module of its weight, got {key} twice")
+        updates[key] = _weight_update(module, base.is_transposed(key, module.fan_in_fan_out))
+        if module.bias is not None:
+            bias = f"{key.removesuffix('weight')}bias"
+            if bias not in base.entries or base.entries[bias].shape != tuple(module.bias.shape):
+                raise ValueError(
+                    f"merge: {module.name} must have a bias in the base for lora_B's bias, got no fitting {bias}"
+                )
+            updates[bias] = lambda tensor, module=module: merged_bias(tensor, module)
+    return updates
+
+
+def _weight_update(module: LoraModule, transposed: bool):
+    def update(stored: Tensor) -> Tensor:
+        weight = stored.T if transposed else stored.flatten(1)
+        total = merged_weight(weight, module)
+        return (total.T if transposed else total).reshape(stored.shape).contiguous()
+
+    return update
+
+
+def _check_out(base: BaseWeights, out: Path) -> None:
+    if not base.path.is_dir():
+        raise ValueError(f"merge: base must be a model folder, got the file {str(base.path)!r}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"merge: out must not exist or be an empty folder, got {str(out)!r}")
+    if out.resolve().is_relative_to(base.path.resolve()):
+        raise ValueError(f"merge: out must lie outside the base {str(base.path)!r}, got {str(out)!r}")
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Every visible file that is no weight."""
+    for folder, subfolders, names in os.walk(source):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.startswith(".") or name.endswith(_LEFT_OUT):
+                continue
+            copy = target / Path(folder).relative_to(source) / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(folder) / name, copy)
