@@ -154,6 +154,21 @@ def test_nothing_changes_when_nothing_is_changed(tmp_path):
     assert configs[0].keys() == configs[1].keys() and changed <= {"r", "rank_pattern", "init_lora_weights"}
 
 
+@pytest.mark.parametrize("kept", [("lm_head", "model.layers.0.mlp.up_proj"), ("model.layers.0.mlp.up_proj",)])
+def test_base_weights_that_peft_stores_with_a_head(kept, tmp_path):
+    folder = saved_by_peft(tmp_path / "in", tiny_llama(), target_modules=["lm_head", "up_proj"])
+    head = "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(folder / peft_files.WEIGHTS_FILE)
+    tensors[head] = torch.randn_like(tensors[head])  # as after a resized vocabulary
+    save_file(tensors, folder / peft_files.WEIGHTS_FILE)
+    file = lora_files.read(folder)
+    assert "lm_head" in file.modules and head in file.others()
+    file.write(tmp_path / "out", {name: file.modules[name] for name in kept})
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").base_model.model
+    assert hasattr(loaded.lm_head, "lora_A") == ("lm_head" in kept)
+    assert torch.equal(getattr(loaded.lm_head, "base_layer", loaded.lm_head).weight, tensors[head])
+
+
 def test_convolutions_keep_their_shape(tmp_path):
     def model():
         torch.manual_seed(0)
@@ -305,7 +320,10 @@ DAMAGE = {
     "half": (lambda t, k: t.pop(k.replace("lora_A", "lora_B")), r"must hold lora_A \(R, K\) and lora_B"),
     "ranks": (lambda t, k: t.update({k: t[k][:2].clone()}), r"of one rank, got .*\(2, 16\)"),
     "twice": (lambda t, k: t.update({k.replace("lora_A", "lora_A.other"): t[k].clone()}), "must have one lora_A, got"),
-    "base": (lambda t, k: t.update({k.replace("lora_A", "base_layer"): t[k].clone()}), "its base weight is stored"),
+    "experts": (
+        lambda t, k: t.update({k.replace("lora_A", "base_layer.lora_A"): t[k].clone()}),
+        "bare parameters are adapted",
+    ),
     "magnitude": (
         lambda t, k: t.update({k.replace("lora_A", "lora_magnitude_vector"): t[k][0].clone()}),
         "DoRA scales",

@@ -19,10 +19,11 @@ _UNSUPPORTED_PARTS = {
     r"lokr_.*": "LoKr is a Kronecker product",
     r"lora_mid\..*": "a Tucker core stands between the factors",
     r"base_layer\.lora_.*": "bare parameters are adapted",
-    r"base_layer\..*": "its base weight is stored with the adapter",
     r"token_adapter\..*": "token embeddings are trained",
 }
-_PART = re.compile(r"(?P<module>.+?)\.(?P<part>(?:lora_|lora\.|hada_|lokr_|base_layer\.|token_adapter\.).+|dora_scale)")
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>(?:lora_|lora\.|hada_|lokr_|base_layer\.lora_|token_adapter\.).+|dora_scale)"
+)
 
 
 @dataclasses.dataclass
@@ -71,8 +72,7 @@ class LoraFile:
         out = Path(out)
         if not modules and not self.skipped:
             raise ValueError(f"write: {out}: modules must hold at least one module, got none")
-        replaced = {key for keys in self.keys.values() for key in keys.values()}
-        tensors = {key: tensor for key, tensor in self.tensors.items() if key not in replaced}
+        tensors = {key: self.tensors[key] for key in self.others()}
         for name, module in modules.items():
             self._check(out, name, module)
             stored = self._stored(name, module)
@@ -97,6 +97,11 @@ class LoraFile:
             )
         if not is_positive(module.scaling):
             raise ValueError(f"write: {out}: {name}: scaling must be a number > 0, got {module.scaling!r}")
+
+    def others(self) -> list[str]:
+        """Keys of the tensors that belong to no module of `modules` and are written as they were: modules_to_save and the like."""
+        replaced = {key for keys in self.keys.values() for key in keys.values()}
+        return [key for key in self.tensors if key not in replaced]
 
     def _stored(self, name: str, module: LoraModule) -> dict[str, Tensor]:
         """{key: tensor} of one module, in the shapes and dtypes of the tensors they replace."""

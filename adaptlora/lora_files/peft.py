@@ -14,6 +14,7 @@ from .base import LoraFile, LoraModule, find_parts, pair, split_supported, unsup
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+_BASE = ("weight", "bias")
 _KEY = re.compile(r"(?P<module>.+?)\.(?P<factor>lora_[AB])(\.[^.]+)?\.(?P<kind>weight|bias)")
 
 
@@ -32,17 +33,21 @@ class PeftFile(LoraFile):
     config: dict
 
     def _save(self, out: Path, tensors: dict, modules: dict[str, LoraModule]) -> None:
-        config = self._config(modules) if self.modules else self.config
-        write_folder(out, config, tensors, self.metadata)
+        dropped = [name for name in self.modules if name not in modules]
+        config = self._config(modules, dropped) if self.modules else self.config
+        # PEFT stores the base weight of an adapted head: without its factors the head is a plain module again
+        plain = {
+            f"{KEY_PREFIX}{name}.base_layer.{part}": f"{KEY_PREFIX}{name}.{part}" for name in dropped for part in _BASE
+        }
+        write_folder(out, config, {plain.get(key, key): tensor for key, tensor in tensors.items()}, self.metadata)
 
-    def _config(self, modules: dict[str, LoraModule]) -> dict:
+    def _config(self, modules: dict[str, LoraModule], dropped: list[str]) -> dict:
         ranks = {name: module.lora_A.shape[0] for name, module in modules.items()}
         alphas = {name: peft_config.alpha_for(self.config, modules[name].scaling, rank) for name, rank in ranks.items()}
         for name in self.skipped:
             if any(key.startswith(f"{KEY_PREFIX}{name}.lora_") for key in self.tensors):
                 ranks[name] = peft_config.rank_of(self.config, name)
                 alphas[name] = peft_config.alpha_of(self.config, name)
-        dropped = [name for name in self.modules if name not in modules]
         return peft_config.for_modules(self.config, ranks, alphas, dropped)
 
 
