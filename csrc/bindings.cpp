@@ -52,4 +52,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("rank_scale", &adaptlora::rank_scale_cpu, py::arg("As"), py::arg("Bs"), py::arg("fA"), py::arg("fB"), no_gil());
   m.def("rank_scale_", &adaptlora::rank_scale_inplace_cpu, py::arg("As"), py::arg("Bs"), py::arg("fA"), py::arg("fB"),
         no_gil());
+
+  m.def("jacobi_svd", &adaptlora::jacobi_svd_cpu, py::arg("a"), no_gil());
+  m.def("cholesky_inverse", &adaptlora::cholesky_inverse_cpu, py::arg("gram"), no_gil());
 }

@@ -83,4 +83,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> rank_scale_cpu(cons
 void rank_scale_inplace_cpu(const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs, const at::Tensor& fA,
                             const at::Tensor& fB);
 
+// a (b, R, R), fp32 or fp64, R <= kMaxRank, any strides: U, S (b, R) descending, Vh with a = U diag(S) Vh by one-sided
+// Jacobi, and info (b) int32: the sweeps it took, -1 where it did not converge.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> jacobi_svd_cpu(const at::Tensor& a);
+
+// gram (b, l, l), fp32 or fp64, l <= kMaxRank: the upper triangular R of gram = RᵀR, R⁻¹, and the condition (b) of the
+// columns that gram was made of, see linalg/cholesky_qr.h; infinite, with R = R⁻¹ = 0, where gram is singular.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cholesky_inverse_cpu(const at::Tensor& gram);
+
 }  // namespace adaptlora
