@@ -18,7 +18,7 @@ ASAN_ENV = LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(ASAN)/report UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(ASAN)/lib PYTEST_ADDOPTS="-o pythonpath=tests --capture=sys"
 
-.PHONY: help venv test asan demo demo-short demo-e2e data data-e2e bench bench-quick gpu gpu-check traffic op-behaviour lint clean
+.PHONY: help venv test asan demo demo-short demo-e2e data data-e2e data-forgetting bench bench-quick gpu gpu-check traffic op-behaviour lint clean
 
 help:
 	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
@@ -47,6 +47,9 @@ venv: $(INSTALLED)
 
 data: venv
 	$(BIN)/python -m adaptlora.finetune.fetch trec
+
+data-forgetting: venv
+	$(BIN)/python -m adaptlora.finetune.fetch forgetting
 
 data-e2e: venv
 	$(BIN)/python -m adaptlora.finetune.fetch e2e

@@ -5,18 +5,36 @@ from .adapter import Adapter, RankChange, attach, load
 from .config import LoraConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
 from .ranks import RankedPair
+from .shear import (
+    DropConfig,
+    NoRMConfig,
+    RandomConfig,
+    ShearReport,
+    SVDConfig,
+    TAIAConfig,
+    shear,
+    shear_files,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "DropConfig",
     "LoraConfig",
+    "NoRMConfig",
     "NormALConfig",
+    "RandomConfig",
     "RankChange",
     "RankedPair",
+    "SVDConfig",
+    "ShearReport",
+    "TAIAConfig",
     "attach",
     "dynamic_ranks",
     "load",
     "nn",
     "ops",
+    "shear",
+    "shear_files",
 ]

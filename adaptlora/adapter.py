@@ -172,7 +172,7 @@ class Adapter:
         Raises: ValueError (loss not finite or missing, optimizer not tracked), TypeError (an optimizer's state that cannot
             follow). Ranks, weights, optimizer state and the method are then as before.
         """
-        self._check_trainable("step")
+        self.check_trainable("step")
         value = self._loss_value(loss)
         optimizers = self._tracked_optimizers() if self.method.needs_optimizer() else []
         state = self.method.state_dict()
@@ -272,20 +272,44 @@ class Adapter:
 
         Raises: FileNotFoundError, ValueError (damaged, unsupported, or does not fit); nothing has changed then.
         """
-        self._check_trainable("load")
+        self.check_trainable("load")
         stored = io.read(path)
         stored.check_fits(self)
-        ranks = {name: stored.factors[name][0].shape[0] if name in stored.factors else 0 for name in self.layers}
-        scalings = {name: stored.scaling(name) for name in stored.factors}
+        self._take(stored.factors, {name: stored.scaling(name) for name in stored.factors})
+        for name, tensors in stored.saved.items():
+            self.saved[name].load_state_dict(tensors)
+
+    def _take(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]) -> None:
+        """Checked ranks, weights and scalings from outside; a module without any gets rank 0."""
+        ranks = {name: factors[name][0].shape[0] if name in factors else 0 for name in self.layers}
         self.method.start_from(ranks)
         commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
         with torch.no_grad():
-            for name, (lora_A, lora_B) in stored.factors.items():
+            for name, (lora_A, lora_B) in factors.items():
                 self.layers[name].lora_A.copy_(lora_A)
                 self.layers[name].lora_B.copy_(lora_B)
                 self.layers[name].scaling = scalings[name]
-        for name, tensors in stored.saved.items():
-            self.saved[name].load_state_dict(tensors)
+
+    def replace_factors(
+        self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]
+    ) -> None:
+        """
+        Other factors for the same modules: ranks follow, a module without any gets rank 0, and tracked optimizers forget the
+        state of all factors, whose vectors are others now.
+
+        Args: factors: {module name: (lora_A (R, K), lora_B (N, R))}, any rank, any floating dtype.   scalings: {module name: number}.
+        Raises: ValueError (an unknown module, a shape, ranks that the method refuses); nothing has changed then.
+        """
+        self.check_trainable("replace_factors")
+        for name, (lora_A, lora_B) in factors.items():
+            if name not in self.layers:
+                raise ValueError(f"replace_factors: factors must name adapted modules, got {name!r}")
+            io.check_pair("replace_factors", name, lora_A, lora_B, self.layers[name])
+        self._take(factors, scalings)
+        for layer in self.layers.values():
+            for optimizer in layer.pair.optimizers:
+                for factor in FACTORS:
+                    optimizer.state.pop(getattr(layer, factor), None)
 
     def state_dict(self) -> dict:
         """Factors, ranks, scalings, modules_to_save and the method's own state; tensors are the live ones, not copies."""
@@ -337,7 +361,7 @@ class Adapter:
         to others is untied by it, since only the adapted module may change. Parameters stay frozen.
         Returns: the model.   Raises: ValueError (already merged or detached).
         """
-        self._check_trainable("merge")
+        self.check_trainable("merge")
         merged = {name: layer.merged_weight() for name, layer in self.layers.items()}
         self._unmerged = {}
         for name, layer in self.layers.items():
@@ -371,7 +395,7 @@ class Adapter:
         """Take the adapter off: original modules, weights and requires_grad flags.  Returns: the model."""
         if self._unmerged is not None:
             self.unmerge()
-        self._check_trainable("detach")
+        self.check_trainable("detach")
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base_layer)
         for name, module in self._originals.items():
@@ -383,7 +407,7 @@ class Adapter:
         self._attached = False
         return self.model
 
-    def _check_trainable(self, op: str) -> None:
+    def check_trainable(self, op: str) -> None:
         if not self._attached:
             raise ValueError(f"{op}: the adapter must be on its model, and it was detached")
         if self._unmerged is not None:

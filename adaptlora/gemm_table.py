@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .io import atomic_file
+from .files import atomic_file
 
 OVERRIDES = ("torch", "fused")
 VERSION = 1

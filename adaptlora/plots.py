@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .files import atomic_file
 from .finetune._extras import need
-from .io import atomic_file
 
 INK, MUTED, OURS, THEIRS = "#1a1a1a", "#8a8a8a", "#0b6e99", "#d1701c"
 
@@ -130,6 +130,42 @@ def loss_curve(
     axes.legend(
         frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(losses), borderaxespad=0.2
     )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return _save(figure, path)
+
+
+def overlap_curves(curves: Mapping[str, tuple[Sequence[float | None], int]], path: str | Path, *, metric: str) -> Path:
+    """PNG of what a search for ranks saw: for each module its measure against the part c / r that is kept, the chosen c marked.
+
+    Args:
+        curves: {module name: (measure of c = 1 … r, or None where it was not taken; the chosen c)}.
+        metric: what was measured, for the axis: "subspace", "l2" or "cos".
+    Raises: ValueError (no curves), MissingExtraError.
+    """
+    if not curves:
+        raise ValueError("overlap_curves: curves must hold at least one module, got none")
+    figure = need("matplotlib.figure", "a picture").Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    pale = max(0.08, min(0.5, 12 / len(curves)))
+    for i, (values, chosen) in enumerate(curves.values()):
+        taken = [(c / len(values), value) for c, value in enumerate(values, 1) if value is not None]
+        axes.plot(*zip(*taken, strict=True), color=OURS, alpha=pale, linewidth=1, label=None if i else "a module")
+        label = None if i else "the c it keeps"
+        axes.plot(
+            [chosen / len(values)], [values[chosen - 1]], "o", color=THEIRS, markersize=3.5, alpha=0.8, label=label
+        )
+    names = {
+        "subspace": "overlap with the base weight, φ",
+        "l2": "−‖ΔW − W‖",
+        "cos": "cosine of ΔW and W",
+    }
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel("part of the components that is kept, c / r")
+    axes.set_ylabel(names[metric])
+    axes.set_title(f"What {len(curves)} modules were judged by", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

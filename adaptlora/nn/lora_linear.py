@@ -8,7 +8,7 @@ from ..ops._library import accumulation_dtype
 from ..ranks import RankedPair
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     # transformers' Conv1D is a linear layer that stores its weight as (K, N); known by name so that transformers stays optional.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
@@ -18,13 +18,13 @@ def is_linear(module: nn.Module) -> bool:
 
     Subclasses of nn.Linear are not: quantised ones hold no float weight, and nn.MultiheadAttention never calls its out_proj.
     """
-    return type(module) is nn.Linear or _is_conv1d(module)
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a module that `is_linear` accepts."""
     rows, columns = module.weight.shape
-    return (rows, columns) if _is_conv1d(module) else (columns, rows)
+    return (rows, columns) if is_conv1d(module) else (columns, rows)
 
 
 class LoraLinear(nn.Module):
@@ -61,7 +61,7 @@ class LoraLinear(nn.Module):
             dtype=dtype,
             device=base_layer.weight.device,
         )
-        self.fan_in_fan_out = _is_conv1d(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
 
     @property
     def lora_A(self) -> nn.Parameter:

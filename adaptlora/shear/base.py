@@ -1,0 +1,80 @@
+"""What every method of shearing does: a module's update in, a smaller one out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..lora_files import LoraModule
+
+
+@dataclasses.dataclass
+class Sheared:
+    """
+    One module after shearing.
+
+    Attributes:
+        module: name, factors and scaling of what is left; rank 0 means that the update is gone.
+        rank_before.
+        facts: what the method found, as numbers and lists that JSON can hold.
+    """
+
+    module: LoraModule
+    rank_before: int
+    facts: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return self.module.lora_A.shape[0]
+
+
+class Method:
+    """
+    A method of shearing. `prepare` sees every name first, `module` one module at a time, `finish` all that is left at the end.
+
+    `module` must depend on its arguments and on `prepare` alone: modules are computed in any order, by any process.
+    """
+
+    needs_base = False
+
+    def __init__(self, config):
+        self.config = config
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Raises: ValueError (a configuration that does not fit these modules)."""
+
+    def module(self, module: LoraModule, weight: Callable[[], torch.Tensor] | None) -> Sheared:
+        """
+        Args:
+            module: factors of any floating dtype.
+            weight: gives the base weight (N, K), where `needs_base`.
+        """
+        raise NotImplementedError
+
+    def finish(self, sheared: list[Sheared]) -> list[Sheared]:
+        return sheared
+
+
+def replaced(module: LoraModule, lora_A, lora_B, scaling: float) -> LoraModule:
+    """`module` with other factors, in the dtype it had; a bias of lora_B keeps the effect that the old scaling gave it."""
+    bias = module.bias
+    if bias is not None and scaling != module.scaling:
+        bias = (bias.to(torch.float32) * (module.scaling / scaling)).to(bias.dtype)
+    return dataclasses.replace(
+        module,
+        lora_A=lora_A.to(module.lora_A.dtype).contiguous(),
+        lora_B=lora_B.to(module.lora_B.dtype).contiguous(),
+        scaling=scaling,
+        bias=bias,
+    )
+
+
+def selected(module: LoraModule, ranks: Sequence[int]) -> LoraModule:
+    """`module` with only these rank vectors."""
+    index = torch.tensor(ranks, dtype=torch.long, device=module.lora_A.device)
+    return replaced(module, module.lora_A[index], module.lora_B[:, index], module.scaling)
+
+
+def numerical_rank(S: torch.Tensor, R: int) -> int:
+    """How many singular values of a product of rank-R factors are more than rounding error."""
+    return int((R * torch.finfo(S.dtype).eps * S[:1] < S).sum())

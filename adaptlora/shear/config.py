@@ -1,0 +1,121 @@
+"""What to remove from a trained adapter: one dataclass per method, checked on construction."""
+
+import dataclasses
+
+from ..config import _is_int, _is_number, _require
+
+
+def _one_of(config, field: str, values: tuple[str, ...]) -> None:
+    _require(getattr(config, field) in values, config, field, f"must be one of {', '.join(values)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoRMConfig:
+    """
+    NoRM: keep the components that resemble the base weight most, by Sim-Search.          [NoRM, ICLR 2025, Algorithm 1]
+
+    Args:
+        search: "expected": φ_c with the directions beyond c counted as random ones are expected to overlap, in closed form;
+            "official": the released procedure, whose r − c further directions are rounding noise, with a fixed seed (slow: an SVD of
+            the dense update for each candidate); "min": as "expected", but the c that resembles the base least.
+        tau, start: candidates c are max(1, ⌊tau · s · r⌋) < r for s = start, start + 1, …, and r itself.
+        components: "major": the c leading singular components of B A; "minor": the c trailing ones; "pca": B A projected on the c
+            leading principal axes of its rows.
+        metric: "subspace": φ_c = ‖U_cᵀ U_W‖_F² / r, U_W the r leading left singular vectors of the base weight; "l2": −‖ΔW_c − W‖_F;
+            "cos": ⟨ΔW_c, W⟩ / (‖ΔW_c‖ ‖W‖). The last two add nothing beyond c, so that "expected" is the plain maximum.
+        keep_scaling: merge with the trained lora_alpha / r instead of 1.
+        base_svd: "randomized" or "exact": how U_W is computed.
+        amplification: also report ‖ΔW‖ / ‖Uᵀ W V‖ and its reverse.
+        seed: of the sketch of the base weight, and of the official search's.
+    Raises: ValueError naming field, rule and value.
+    """
+
+    search: str = "expected"
+    tau: float = 0.1
+    start: int = 1
+    components: str = "major"
+    metric: str = "subspace"
+    keep_scaling: bool = False
+    base_svd: str = "randomized"
+    amplification: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of(self, "search", ("expected", "official", "min"))
+        _one_of(self, "components", ("major", "minor", "pca"))
+        _one_of(self, "metric", ("subspace", "l2", "cos"))
+        _one_of(self, "base_svd", ("randomized", "exact"))
+        _require(_is_number(self.tau) and 0 < self.tau <= 1, self, "tau", "must be in (0, 1]")
+        _require(_is_int(self.start) and self.start >= 0, self, "start", "must be an integer ≥ 0")
+        _require(_is_int(self.seed), self, "seed", "must be an integer")
+        if self.search == "official" and (self.components, self.metric) != ("major", "subspace"):
+            raise ValueError(
+                'NoRMConfig: search "official" must go with components "major" and metric "subspace", '
+                f"got {self.components!r} and {self.metric!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SVDConfig:
+    """
+    Keep the leading singular components of each module's B A; no base weight is needed.
+
+    Exactly one of:
+        rank: at most so many in each module.
+        energy: in (0, 1]: the fewest whose squared singular values make up this part of the module's.
+        ratio: in (0, 1]: those whose singular value is at least this part of the module's largest.
+        budget: so many in all modules together: those with the largest singular values of scaling · B A, and one in each module.
+    The trained scaling stays.   Raises: ValueError naming field, rule and value.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    ratio: float | None = None
+    budget: int | None = None
+
+    def __post_init__(self):
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"SVDConfig: exactly one of rank, energy, ratio and budget must be given, got {', '.join(given) or 'none'}"
+            )
+        (field,) = given
+        value = getattr(self, field)
+        if field in ("rank", "budget"):
+            _require(_is_int(value) and value > 0, self, field, "must be an integer > 0")
+        else:
+            _require(_is_number(value) and 0 < value <= 1, self, field, "must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomConfig:
+    """Keep max(1, round(eta · r)) rank vectors of each module, drawn at random; the trained scaling stays.          [NoRM, §2.2]"""
+
+    eta: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(_is_number(self.eta) and 0 < self.eta <= 1, self, "eta", "must be in (0, 1]")
+        _require(_is_int(self.seed), self, "seed", "must be an integer")
+
+
+@dataclasses.dataclass(frozen=True)
+class TAIAConfig:
+    """Drop the updates of all feed-forward modules, keep the others as they are.          [TAIA, arXiv:2405.20192]"""
+
+
+@dataclasses.dataclass(frozen=True)
+class DropConfig:
+    """
+    Drop whole updates at random: of `ratio` of the layers (a layer: the modules with the same first number in their names; modules
+    without one are never dropped), or of `ratio` of the modules. At least one update stays.
+    """
+
+    level: str = "layer"
+    ratio: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self):
+        _one_of(self, "level", ("layer", "module"))
+        _require(_is_number(self.ratio) and 0 <= self.ratio < 1, self, "ratio", "must be in [0, 1)")
+        _require(_is_int(self.seed), self, "seed", "must be an integer")

@@ -1,0 +1,103 @@
+"""shear(model or adapter, config): an adapter in memory."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..adapter import Adapter
+from ..lora_files import LoraModule
+from ..nn.lora_linear import is_conv1d
+from .config import NoRMConfig
+from .methods import method_for
+from .pool import over
+from .report import ShearReport
+
+
+def shear(
+    target,
+    config=None,
+    *,
+    adapter_name: str | None = None,
+    workers: int | None = None,
+    progress: Callable | None = None,
+) -> ShearReport:
+    """
+    Remove from a trained adapter what `config` says, in place: NoRM (without a config), singular values, TAIA, random drops.
+
+    Args:
+        target: an `Adapter`, or PEFT's PeftModel.
+        config: NoRMConfig(), SVDConfig(…), TAIAConfig(), RandomConfig(…), DropConfig(…).
+        adapter_name: of a PeftModel: which adapter (without it: the active one).
+        workers: modules at a time (without it: torch's number of threads).   progress: called with (modules done, modules in all).
+    Returns: a `ShearReport`: ranks before and after, what the method found for each module.
+    Raises: TypeError (target, config), ValueError (a base weight that is not floating-point, NaN, a layer that is no plain LoRA of a
+        linear layer); nothing has changed then.
+    The result does not depend on `workers`. NoRM's default merges with scale 1; other methods keep each module's scaling. An optimizer
+    that an Adapter tracks forgets the state of its factors: their vectors are others now.
+    """
+    config = NoRMConfig() if config is None else config
+    method = method_for(config)
+    handle = _handle(target, adapter_name)
+    modules = handle.modules()
+    method.prepare(list(modules))
+    done = {}
+
+    def compute(module: LoraModule):
+        return method.module(module, (lambda: handle.weight(module.name)) if method.needs_base else None)
+
+    with torch.no_grad():
+        for module, sheared in over(compute, modules.values(), workers if _on_cpu(modules) else 1):
+            done[module.name] = sheared
+            if progress is not None:
+                progress(len(done), len(modules))
+        sheared = method.finish([done[name] for name in modules])
+        handle.replace([s.module for s in sheared])
+    return ShearReport(config, sheared)
+
+
+def _on_cpu(modules) -> bool:
+    return all(module.lora_A.device.type == "cpu" for module in modules.values())
+
+
+def _handle(target, adapter_name: str | None):
+    if isinstance(target, Adapter):
+        if adapter_name is not None:
+            raise ValueError(f"shear: adapter_name must be None for an Adapter, got {adapter_name!r}")
+        return _AdapterHandle(target)
+    if hasattr(target, "peft_config") and hasattr(target, "base_model"):
+        from ..integrations.peft import PeftHandle
+
+        return PeftHandle(target, adapter_name)
+    raise TypeError(f"shear: target must be an Adapter or a PeftModel, got {type(target).__name__}")
+
+
+class _AdapterHandle:
+    """An Adapter's modules of rank above 0."""
+
+    def __init__(self, adapter: Adapter):
+        adapter.check_trainable("shear")
+        self.adapter = adapter
+
+    def modules(self) -> dict[str, LoraModule]:
+        return {
+            name: LoraModule(
+                name=name,
+                lora_A=layer.lora_A.detach(),
+                lora_B=layer.lora_B.detach(),
+                scaling=layer.scaling,
+                bias=None,
+                fan_in_fan_out=is_conv1d(layer.base_layer),
+            )
+            for name, layer in self.adapter.layers.items()
+            if layer.rank
+        }
+
+    def weight(self, name: str) -> torch.Tensor:
+        layer = self.adapter.layers[name]
+        weight = layer.base_layer.weight.detach()
+        return weight.t() if layer.fan_in_fan_out else weight
+
+    def replace(self, modules: list[LoraModule]) -> None:
+        self.adapter.replace_factors(
+            {m.name: (m.lora_A, m.lora_B) for m in modules}, {m.name: m.scaling for m in modules}
+        )

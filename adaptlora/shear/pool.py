@@ -1,0 +1,34 @@
+"""A function over many modules, several at once, with bits that do not depend on how many."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+import torch
+
+
+def over(function: Callable, items: Iterable, workers: int | None = None) -> Iterator[tuple[object, object]]:
+    """
+    (item, function(item)) for each item, in the order in which they are done.
+
+    Each call runs in a thread of its own whose torch operations use one core: a product's sums are then taken in the same order on any
+    number of cores and of processes, and small factorizations keep all cores busy. No more than `workers` calls (torch's number of
+    threads without it) are under way at a time; the next item is taken when one is done, so that memory holds no more than these need.
+    An error in a call is raised here and stops the rest.
+    """
+    threads = torch.get_num_threads()
+    pending, items = {}, iter(items)
+    pool = ThreadPoolExecutor(workers or threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        while True:
+            for item in items:
+                pending[pool.submit(function, item)] = item
+                if len(pending) >= (workers or threads):
+                    break
+            if not pending:
+                return
+            for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                yield pending.pop(future), future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What a thread sets is also what threads to come begin with.
+        torch.set_num_threads(threads)

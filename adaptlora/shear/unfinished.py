@@ -1,0 +1,75 @@
+"""Modules that are done while others are not, on disk, so that a killed run can go on."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..files import atomic_file
+from .base import Sheared
+
+_FINGERPRINT = "fingerprint"
+
+
+class Unfinished:
+    """
+    The folder `out`.unfinished beside `out`: a file for each module that is done.
+
+    Args:
+        fingerprint: of everything the result depends on; what a run with another one left is removed.
+        modules: {name: LoraModule} of the input, in order.   group: the processes at work; the first makes the folder.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, modules: dict, group):
+        self.folder = out.with_name(f"{out.name}.unfinished")
+        self._modules = modules
+        self._files = {name: self.folder / f"{i}.safetensors" for i, name in enumerate(modules)}
+        if group.first:
+            self._begin(fingerprint)
+        group.wait()
+
+    def _begin(self, fingerprint: str) -> None:
+        mark = self.folder / _FINGERPRINT
+        if self.folder.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint):
+            if any(entry.suffix != ".safetensors" and entry.name != _FINGERPRINT for entry in self.folder.iterdir()):
+                raise ValueError(
+                    f"shear: {self.folder} must be what an earlier run left, or absent, got other files in it"
+                )
+            shutil.rmtree(self.folder)
+        with atomic_file(mark) as file:
+            file.write_text(fingerprint, encoding="utf-8")
+
+    def done(self) -> set[str]:
+        """Names of the modules that `load` can give."""
+        return {name for name, file in self._files.items() if file.is_file() and _whole(file)}
+
+    def keep(self, sheared: Sheared) -> None:
+        module = sheared.module
+        tensors = {"lora_A": module.lora_A, "lora_B": module.lora_B}
+        if module.bias is not None:
+            tensors["bias"] = module.bias
+        facts = {"rank_before": sheared.rank_before, "scaling": module.scaling, "facts": sheared.facts}
+        with atomic_file(self._files[module.name]) as file:
+            tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(tensors, file, metadata={"sheared": json.dumps(facts)})
+
+    def load(self, name: str) -> Sheared:
+        with safe_open(self._files[name], framework="pt") as file:
+            stored = json.loads(file.metadata()["sheared"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+        module = dataclasses.replace(self._modules[name], scaling=stored["scaling"], **tensors)
+        return Sheared(module, stored["rank_before"], stored["facts"])
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _whole(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
