@@ -38,12 +38,12 @@ def quick(request) -> bool:
 
 @pytest.fixture
 def compare(request, benchmark, quick):
-    """compare(case, providers, floor, rounds, unavailable, facts): times the providers, interleaved, into the report."""
+    """compare(case, providers, floor, rounds, warmup, unavailable, facts): times the providers, interleaved, into the report."""
 
-    def run(case, providers, *, floor, rounds, unavailable=None, facts=None):
+    def run(case, providers, *, floor, rounds, warmup=WARMUP_ROUNDS, unavailable=None, facts=None):
         rounds = 3 if quick else rounds
         interleaved = Interleaved(providers)
-        benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+        benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=warmup)
         samples = {name: interleaved.samples[name][-rounds:] for name in providers}
         comparison = Comparison(case, floor, samples, unavailable or {}, facts or {})
         benchmark.extra_info.update(comparison.summary())
