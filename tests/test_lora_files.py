@@ -119,6 +119,22 @@ def test_stock_peft_computes_the_scaled_product(name, tmp_path):
             assert torch.equal(again.modules[key].lora_B, module.lora_B)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": "proj|left"}, {"target_modules": ["proj", "left"], "exclude_modules": "inner.*"}]
+)
+def test_no_module_comes_in_by_its_suffix(fields, tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.left = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.inner = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+
+    file = lora_files.read(saved_by_peft(tmp_path / "in", Nested(), **fields))
+    assert set(file.modules) == {"proj", "left"}
+    file.write(tmp_path / "out", {"proj": file.modules["proj"]})
+    assert set(peft_updates(tmp_path / "out", Nested())) == {"proj"}
+
+
 @pytest.mark.parametrize("model", [tiny_gpt2, tiny_llama])
 def test_other_architectures(model, tmp_path):
     file = lora_files.read(saved_by_peft(tmp_path / "in", model(), target_modules="all-linear"))
@@ -298,7 +314,7 @@ def test_unsupported_modules_pass_through_untouched(tmp_path):
 
 def test_dora_is_skipped_as_a_whole(tmp_path):
     folder = saved_by_peft(tmp_path / "in", use_dora=True)
-    with pytest.raises(ValueError, match="adapter_config.json: use_dora is not supported .DoRA scales"):
+    with pytest.raises(ValueError, match="attention.output.dense: use_dora is not supported .DoRA scales"):
         lora_files.read(folder)
     file = lora_files.read(folder, skip_unsupported=True)
     assert not file.modules and all("DoRA" in why for why in file.skipped.values())
