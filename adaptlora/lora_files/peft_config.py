@@ -20,6 +20,8 @@ _UNSUPPORTED = {
     "use_bdlora": "the factors are block-diagonal",
 }
 
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
 # PEFT derives the base's weights anew from other ones when it loads the adapter: a residual is what the factors belong to.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -111,12 +113,11 @@ def for_modules(config: dict, ranks: dict[str, int], alphas: dict[str, float], o
         "alpha_pattern": pattern({name: alpha for name, alpha in alphas.items() if alpha != lora_alpha}, ranks),
         "init_lora_weights": True,
     }
-    if any(True for _ in others):
-        anew = not isinstance(config.get("target_modules"), list)
-        changed["target_modules"] = target_modules(list(ranks), others, regex=anew)
-        changed |= {
-            field: None for field in ("exclude_modules", "layers_to_transform", "layers_pattern") if field in config
-        }
+    if others:
+        # A list means its suffixes too: where the first choice was not by suffix alone, the model may have others of that end.
+        by_suffix = isinstance(config.get("target_modules"), list) and not any(map(config.get, _NARROWING))
+        changed["target_modules"] = target_modules(list(ranks), others, regex=not by_suffix)
+        changed |= {field: None for field in _NARROWING if field in config}
     return config | changed
 
 
