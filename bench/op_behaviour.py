@@ -49,6 +49,9 @@ def samples() -> dict[str, tuple]:
         "rank_scale": (*plain_pair, torch.randn(R + 2), torch.randn(R + 2)),
         "rank_shrink_": (*[[t.clone() for t in side] for side in plain_pair], 0.1, 0.1, "sqrt"),
         "rank_gather": ([plain[1], plain[2].t()], torch.tensor([2, 0, 1]), [2, 1]),
+        "low_rank_svd": plain_pair,
+        "randomized_svd": ([weight, weight, torch.randn(3, 4)], 3, 2, 1, 1e-5, 0),
+        "subspace_overlap": (torch.randn(2, N, 4), torch.randn(2, N, 3)),
     }  # fmt: skip
 
 
