@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from . import gemm_table
-from .ops import _backend
+from .ops import _backend, _cuda_library
 
 PACKAGES = ("adaptlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
 Row = tuple[str, str, bool]  # question, answer, whether all is well
@@ -99,8 +99,21 @@ def _extension_rows() -> Iterator[Row]:
             yield "adaptlora._C", f"loads ({extension.__file__})", True
             yield "built for torch", extension.torch_version, True
             yield "instructions", extension.isa(), True
+    yield _cuda_library_row()
     compiler = _compiler()
     yield "compiler", compiler or "none found: the extension can only be installed, not built, here", True
+
+
+def _cuda_library_row() -> Row:
+    """Whether the factorizations on CUDA tensors are built, and for which GPUs."""
+    try:
+        library = _cuda_library.library()
+    except ImportError as error:
+        return "adaptlora._cuda", str(error), False
+    if library is None:
+        return "adaptlora._cuda", "not built: torch factorizes on CUDA tensors", True
+    built = ", ".join(f"sm_{number}" for number in _cuda_library.architectures(library))
+    return "adaptlora._cuda", f"loads, for {built} and, through PTX, later GPUs", True
 
 
 def _compiler() -> str | None:

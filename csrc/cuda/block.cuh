@@ -1,4 +1,4 @@
-// The execution policy of one thread block, a warp a group, and what the launchers share.
+// The execution policy of one thread block: a warp is a group.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,12 +27,5 @@ struct Block {
   __device__ static void barrier() { __syncthreads(); }
   __device__ static bool any(bool value) { return __syncthreads_or(value); }
 };
-
-// Bytes of shared memory that a block may have on the current device.
-inline cudaError_t shared_limit(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error : cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
 
 }  // namespace adaptlora::cuda

@@ -26,26 +26,25 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace adaptlora::cuda
 
-// Whether the matrix that is eliminated lies in shared memory on the current device: no workspace is needed then.
-extern "C" int adaptlora_cholesky_inverse_in_shared(int l, int* fits) {
-  int limit = 0;
-  const cudaError_t error = adaptlora::cuda::shared_limit(&limit);
-  *fits = (2LL * l + static_cast<long long>(l) * l) * static_cast<long long>(sizeof(double)) <= limit;
-  return error;
+// As adaptlora_jacobi_svd_plan; returns whether the one matrix of the algorithm lies in shared memory.
+extern "C" int adaptlora_cholesky_inverse_plan(int l, int limit, int* threads, int* bytes) {
+  using namespace adaptlora::cuda;
+  const int work = 2 * l * static_cast<int>(sizeof(double)), size = l * l * static_cast<int>(sizeof(double));
+  const bool fits = work + size <= limit;
+  *threads = l * kWarp < kThreads ? l * kWarp : kThreads;
+  *bytes = work + (fits ? size : 0);
+  return fits;
 }
 
-// gram, r and rit (b, l, l) and condition (b), contiguous; 1 <= l. Asynchronous.
+// gram, r, rit and workspace (b, l, l) and condition (b), contiguous; 1 <= l. A cudaError_t.
 extern "C" int adaptlora_cholesky_inverse_f64(const double* gram, long long b, int l, double* r, double* rit,
-                                              double* condition, double* workspace, void* stream) {
+                                              double* condition, double* workspace, int limit, void* stream) {
   using adaptlora::cuda::cholesky_inverse_kernel;
-  using adaptlora::cuda::kWarp;
-  int fits = 0;
-  cudaError_t error = static_cast<cudaError_t>(adaptlora_cholesky_inverse_in_shared(l, &fits));
+  int threads, bytes;
+  const int fits = adaptlora_cholesky_inverse_plan(l, limit, &threads, &bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(cholesky_inverse_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int bytes = static_cast<int>(sizeof(double)) * (2 * l + (fits ? l * l : 0));
-  error = cudaFuncSetAttribute(cholesky_inverse_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  const int threads = l * kWarp < adaptlora::cuda::kThreads ? l * kWarp : adaptlora::cuda::kThreads;
   const adaptlora::linalg::CholeskyInverse<double> batch{l, gram, r, rit, nullptr, nullptr};
   cholesky_inverse_kernel<<<static_cast<unsigned>(b), threads, bytes, static_cast<cudaStream_t>(stream)>>>(
       batch, condition, workspace, fits);

@@ -28,30 +28,28 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace adaptlora::cuda
 
-// How many of the two matrices of the algorithm lie in shared memory on the current device: with 2, no workspace is needed.
-extern "C" int adaptlora_jacobi_svd_in_shared(int R, int* matrices) {
-  int limit = 0;
-  const cudaError_t error = adaptlora::cuda::shared_limit(&limit);
-  const long long left = limit / static_cast<long long>(sizeof(float)) - R;
-  const long long fit = left / (static_cast<long long>(R) * R);
-  *matrices = fit > 2 ? 2 : static_cast<int>(fit);
-  return error;
+// How a matrix is launched where a block may have `limit` bytes of shared memory: threads and bytes. Returns how many of the
+// algorithm's two matrices lie in it; with 2, no workspace is needed.
+extern "C" int adaptlora_jacobi_svd_plan(int R, int limit, int* threads, int* bytes) {
+  using namespace adaptlora::cuda;
+  const int size = R * R * static_cast<int>(sizeof(float)), work = R * static_cast<int>(sizeof(float));
+  const int fit = (limit - work) / size, matrices = fit < 0 ? 0 : fit > 2 ? 2 : fit;
+  const int pairs = (R + 1) / 2;
+  *threads = pairs * kWarp < kThreads ? pairs * kWarp : kThreads;
+  *bytes = work + matrices * size;
+  return matrices;
 }
 
-// a (b, R, R) with these strides in elements; ut, vh (b, R, R), s (b, R) and info (b) contiguous; 1 <= R. Asynchronous.
+// a (b, R, R) with these strides in elements; ut, vh (b, R, R), s (b, R), info (b) and workspace contiguous; 1 <= R. A cudaError_t.
 extern "C" int adaptlora_jacobi_svd_f32(const float* a, long long stride_b, long long stride_row, long long stride_col,
                                         long long b, int R, float* ut, float* s, float* vh, int* info, float* workspace,
-                                        void* stream) {
+                                        int limit, void* stream) {
   using adaptlora::cuda::jacobi_svd_kernel;
-  using adaptlora::cuda::kWarp;
-  int matrices = 0;
-  cudaError_t error = static_cast<cudaError_t>(adaptlora_jacobi_svd_in_shared(R, &matrices));
+  int threads, bytes;
+  const int matrices = adaptlora_jacobi_svd_plan(R, limit, &threads, &bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(jacobi_svd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int bytes = static_cast<int>(sizeof(float)) * (R + matrices * R * R);
-  error = cudaFuncSetAttribute(jacobi_svd_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  const int pairs = (R + 1) / 2;
-  const int threads = pairs * kWarp < adaptlora::cuda::kThreads ? pairs * kWarp : adaptlora::cuda::kThreads;
   const adaptlora::linalg::JacobiSvd<float> batch{R, a, stride_row, stride_col, ut, s, vh, nullptr, nullptr, nullptr};
   jacobi_svd_kernel<<<static_cast<unsigned>(b), threads, bytes, static_cast<cudaStream_t>(stream)>>>(
       batch, stride_b, info, workspace, matrices);
