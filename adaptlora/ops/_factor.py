@@ -2,15 +2,24 @@
 
 import torch
 
+from . import _backend
+
 
 def qr(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """X = Q R: X (b, n, l), fp32 / fp64 → Q (b, n, min(n, l)) with orthonormal columns, R (b, min(n, l), l)."""
-    return torch.linalg.qr(X)
+    kernels = _kernels(X, "cholesky_qr")
+    return torch.linalg.qr(X) if kernels is None else kernels.qr(X)
 
 
 def svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """core = U diag(S) Vh: core (b, m, l), fp32 / fp64, small → U (b, m, k), S (b, k) descending, Vh (b, k, l), k = min(m, l)."""
-    return torch.linalg.svd(core, full_matrices=False)
+    kernels = _kernels(core, "jacobi_svd")
+    return torch.linalg.svd(core, full_matrices=False) if kernels is None else kernels.svd(core)
+
+
+def _kernels(tensor: torch.Tensor, module: str):
+    """The module beside the Triton kernels; on a CPU it is LAPACK through torch that factorizes."""
+    return _backend.kernels(tensor, module) if _backend.choose(tensor) == "triton" else None
 
 
 def grouped(*lists: list[torch.Tensor]):
