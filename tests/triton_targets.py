@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _KIB = 1024
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32  # a multiprocessor has, of every architecture here
 
@@ -159,7 +159,7 @@ def _disassembled(cubin: bytes) -> tuple[int, int, str]:
 
 
 def _tool(name: str, *args) -> str:
-    return subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
 def faults(launch: Launch, compiled: Compiled, *, matrix: bool, asynchronous: bool) -> list[str]:

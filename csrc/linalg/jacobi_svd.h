@@ -88,6 +88,7 @@ ADAPTLORA_HOST_DEVICE bool jacobi_rotate(Policy& policy, const JacobiSvd<T>& m, 
   alpha = policy.sum(alpha);
   beta = policy.sum(beta);
   gamma = policy.sum(gamma);
+  if (!std::isfinite(alpha + beta)) return true;  // never done
   if (alpha < kJacobiZero<T> || beta < kJacobiZero<T>) return false;
   if (std::fabs(gamma) <= tolerance * std::sqrt(alpha) * std::sqrt(beta)) return false;
   // tan of the smaller angle; 1 + ζ² is ζ² beyond 1 / ε, where it may overflow.
