@@ -47,9 +47,10 @@ def merged_bias(bias: Tensor, module: LoraModule) -> Tensor:
     return torch.add(bias.to(dtype), module.bias.to(bias.device, dtype), alpha=module.scaling).to(bias.dtype)
 
 
-def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out) -> None:
+def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out, saved: dict[str, Tensor] | None = None) -> None:
     """
-    Write the model folder of `base` to `out` with W + scaling · B A in the place of the modules' weights.
+    Write the model folder of `base` to `out` with W + scaling · B A in the place of the modules' weights, and the tensors `saved`,
+    trained whole, in the place of those of the same names.
 
     Memory holds one shard at most. Other tensors, shards and files (config.json, tokenizer, …) are copied; weights in other formats
     are not. `out` is filled under a temporary name and renamed. A head tied to the embedding is refused: its update would
@@ -60,7 +61,7 @@ def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out) -> None:
     """
     out = Path(out)
     _check_out(base, out)
-    updates = _updates(base, list(modules))
+    updates = _updates(base, list(modules)) | whole_tensors(base, saved or {})
     with atomic_folder(out) as temporary:
         _copy_rest(base.path, temporary)
         for file in base.files:
@@ -102,6 +103,17 @@ def _updates(base: BaseWeights, modules: list[LoraModule]) -> dict:
                 )
             updates[bias] = lambda tensor, module=module: merged_bias(tensor, module)
     return updates
+
+
+def whole_tensors(base: BaseWeights, saved: dict[str, Tensor]) -> dict:
+    """{key: stored tensor → trained tensor in the base's dtype}, seen to fit.  Raises: ValueError (no such tensor, another shape)."""
+    for key, tensor in saved.items():
+        found = base.entries[key].shape if key in base.entries else None
+        if found != tuple(tensor.shape):
+            raise ValueError(
+                f"merge: the base must hold {key} of shape {tuple(tensor.shape)}, as the adapter does, got {found}"
+            )
+    return {key: lambda stored, tensor=tensor: tensor.to(stored.dtype) for key, tensor in saved.items()}
 
 
 def _weight_update(module: LoraModule, transposed: bool):

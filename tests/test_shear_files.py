@@ -38,7 +38,9 @@ def adapter(tmp_path):
         init_lora_weights=False,
         modules_to_save=["classifier"],
     )
-    peft.get_peft_model(tiny_bert(), config).save_pretrained(tmp_path / "adapter")
+    model = peft.get_peft_model(tiny_bert(), config)
+    torch.nn.init.normal_(model.get_base_model().classifier.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -96,9 +98,19 @@ def test_merge(base, adapter, tmp_path):
     shear_files(adapter, out, base=base, merge=True)
     merged = BertForSequenceClassification.from_pretrained(out / "merged").eval()
     reference = peft.PeftModel.from_pretrained(tiny_bert(), out).eval().merge_and_unload()
+    assert not torch.equal(reference.classifier.weight, tiny_bert().classifier.weight)
     for name, weight in reference.state_dict().items():
-        if not name.startswith("classifier"):
-            torch.testing.assert_close(merged.state_dict()[name], weight)
+        torch.testing.assert_close(merged.state_dict()[name], weight)
+
+
+def test_merge_into_a_base_without_the_trained_head(adapter, tmp_path):
+    tiny_bert().bert.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError,
+        match=r"merge: the base must hold classifier.(bias|weight) of shape .*, as the adapter does, got None",
+    ):
+        shear_files(adapter, tmp_path / "out", SVDConfig(rank=2), base=tmp_path / "base", merge=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])

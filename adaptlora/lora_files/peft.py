@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..files import atomic_file, read_tensors
 from . import peft_config
@@ -31,6 +32,10 @@ class PeftFile(LoraFile):
     """A PEFT adapter folder. config: adapter_config.json."""
 
     config: dict
+
+    def saved(self) -> dict[str, Tensor]:
+        """{name in the model: tensor} of what is saved beside the factors: modules_to_save and the like."""
+        return {key.removeprefix(KEY_PREFIX): self.tensors[key] for key in self.others()}
 
     def _save(self, out: Path, tensors: dict, modules: dict[str, LoraModule]) -> None:
         dropped = [name for name in self.modules if name not in modules]

@@ -10,7 +10,7 @@ import torch
 
 from .. import lora_files
 from ..base_weights import BaseWeights
-from ..merging import write_merged
+from ..merging import whole_tensors, write_merged
 from . import processes
 from .config import NoRMConfig
 from .methods import method_for
@@ -62,6 +62,8 @@ def shear_files(
         )
     weights = _base(file, base, method.needs_base, merge)
     report_folder = _check_out(file, out, merge)
+    if merge:
+        whole_tensors(weights, file.saved())
     method.prepare(list(file.modules))
     with processes.group() as group:
         work = Unfinished(out, _fingerprint(file, weights, config, device), file.modules, group)
@@ -83,7 +85,7 @@ def shear_files(
             report = ShearReport(config, method.finish([work.load(name) for name in file.modules]))
         modules = {s.module.name: s.module for s in report.modules if s.rank}
         if merge:
-            write_merged(weights, modules.values(), out / MERGED_FOLDER)
+            write_merged(weights, modules.values(), out / MERGED_FOLDER, file.saved())
         file.write(out, modules)
         report.write(report_folder)
         work.discard()
@@ -138,6 +140,9 @@ def _check_out(file, out: Path, merge: bool) -> Path:
     if file.kind == "peft":
         if out.is_file():
             raise ValueError(f"shear: out must be a folder for a PEFT adapter, got the file {str(out)!r}")
+        if merge and file.skipped:
+            name, why = next(iter(file.skipped.items()))
+            raise ValueError(f"shear: merge must find plain LoRA modules only, got {name} ({why})")
         if merge and (out / MERGED_FOLDER).exists():
             raise ValueError(f"shear: {out / MERGED_FOLDER} must not exist before a merged model is written there")
         return out
