@@ -2,6 +2,8 @@
 
     make gpu-check, or PYTHONPATH=tests python bench/gpu_check.py [--capability 80] [--only shrink] [--jobs 2]
 
+The kernels of csrc/cuda too, from the library as setup.py builds it, where there is nvcc (sm_80 and sm_90).
+
 Fails on a spilled register, on more shared memory than the device has, and on a matrix kernel without matrix instructions or
 asynchronous copies. Prints the sum of it by kernel and target and writes every configuration to bench/results/gpu_check.json, where a
 part of the kernels or targets takes the place of what the file had of them.
@@ -16,6 +18,7 @@ import os
 import sys
 from pathlib import Path
 
+import cuda_targets
 import torch
 import triton
 from gpu_configurations import cases, layer_launches, needs, other_launches
@@ -34,7 +37,7 @@ def configurations(capability: int) -> dict[str, tuple]:
     for case in cases():
         for launched in layer_launches(case, capability):
             found.setdefault(launched.signature(), (str(case), launched, needs(case, launched)))
-    for launched in other_launches():
+    for launched in other_launches(capability):
         found.setdefault(launched.signature(), ("", launched, {"matrix": False, "asynchronous": False}))
     return found
 
@@ -51,16 +54,31 @@ def check(job: tuple[int, str]) -> dict:
     capability, signature = job
     case, launched, required = configurations(capability)[signature]
     row = {"kernel": launched.name, "target": f"sm_{capability}", "case": case, "tile": tile(launched)}
-    compiled = compile_launch(launched, capability)
-    return row | {
+    return row | facts(launched.name, compile_launch(launched, capability), required)
+
+
+def facts(name: str, compiled, required: dict[str, bool]) -> dict:
+    """What the compiler made of a configuration, and its faults."""
+    return {
         "registers": compiled.registers,
         "stack": compiled.stack,
         "shared": compiled.shared,
         "occupancy": compiled.occupancy,
         "matrix": compiled.matrix,
         "asynchronous": compiled.asynchronous,
-        "faults": faults(launched, compiled, **required),
+        "faults": faults(name, compiled, **required),
     }
+
+
+def cuda_rows(capability: int, only: str) -> list[dict]:
+    """The kernels of the CUDA library, at sizes that lie in shared memory whole, in part and not at all."""
+    rows = []
+    for kernel, size in ((kernel, size) for kernel, sizes in cuda_targets.SIZES.items() for size in sizes):
+        if only in (name := f"{kernel}_kernel"):
+            compiled = cuda_targets.compiled(kernel, capability, size)
+            row = {"kernel": name, "target": f"sm_{capability}", "case": f"R{size}", "tile": f"w{compiled.warps}"}
+            rows.append(row | facts(name, compiled, {"matrix": False, "asynchronous": False}))
+    return rows
 
 
 def summary(rows: list[dict]) -> Table:
@@ -122,9 +140,14 @@ def main() -> int:
         for signature, (_, launched, _) in configurations(capability).items()
         if arguments.only in launched.name
     ]
-    if not jobs:
+    if not jobs and not any(arguments.only in f"{kernel}_kernel" for kernel in cuda_targets.SIZES):
         parser.error(f"--only must be part of a kernel's name, got {arguments.only!r}")
     console, rows = Console(width=120), []
+    if cuda_targets.nvcc() is None:
+        console.print("no nvcc in CUDA_HOME or on the PATH: the kernels of csrc/cuda are left out")
+    else:
+        for capability in set(capabilities) & set(cuda_targets.CAPABILITIES):
+            rows += cuda_rows(capability, arguments.only)
     with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool, Progress(console=console) as progress:
         task = progress.add_task("compiling", total=len(jobs))
         for row in pool.imap_unordered(check, jobs, chunksize=4):

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .devices import generation
 from .launch import capability, launch_on, multiprocessors
+from .tiles import ALL_REGISTERS
 
 # Columns of a tile by columns of X, and warps; rows of X a step.
 _TILES = ((16, 4), (32, 4), (64, 8))
@@ -63,6 +64,7 @@ def gram(X: torch.Tensor) -> torch.Tensor:
     G = torch.empty((parts, b, columns, columns), dtype=torch.float64, device=X.device)
     with launch_on(X):
         _gram_kernel[(blocks * blocks, parts, b)](
-            X, G, n, columns, rows, *X.stride(), BLOCK_L=BLOCK_L, BLOCK_N=_ROWS, num_warps=warps, num_stages=2
-        )
+            X, G, n, columns, rows, *X.stride(), BLOCK_L=BLOCK_L, BLOCK_N=_ROWS, num_warps=warps, num_stages=2,
+            maxnreg=ALL_REGISTERS,
+        )  # fmt: skip
     return G[0] if parts == 1 else G.sum(0)

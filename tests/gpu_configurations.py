@@ -11,6 +11,7 @@ from triton_targets import Launch, recorded_launches
 
 from adaptlora.kernels import (
     dropout,
+    gram,
     launch,
     lora_da,
     lora_ds_db,
@@ -21,11 +22,13 @@ from adaptlora.kernels import (
     rank_gather,
     rank_norms,
     rank_scale,
+    subspace_overlap,
     tiles,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 M = 256
+LAYOUTS = ("contiguous", "padded", "transposed", "strided")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +160,8 @@ def _gemms(case, capability, x, dy, As, Bs, s, ds, e, masks) -> None:
             lora_gemm.lora_gemm_dx([dy] * len(As), [weight] * len(As), ds, As, tile, *masks)
 
 
-def other_launches() -> list[Launch]:
-    """The kernels that take all modules at once, on aligned and odd vectors, and the sums of partial results."""
+def other_launches(capability: int) -> list[Launch]:
+    """The kernels that take all modules at once, on aligned and odd vectors, the sums of partial results, and those of the SVD ops."""
     aligned = [torch.zeros(8, 128, dtype=BF16)], [torch.zeros(8, 192).t()]
     odd = [torch.zeros(8, 13)], [torch.zeros(7, 8)]
     factors = torch.ones(8)
@@ -173,6 +176,12 @@ def other_launches() -> list[Launch]:
             partials.sum_partials(
                 *[(torch.zeros(2, 8, 64), torch.zeros(8, 64, dtype=d)) for d in (FP32, BF16, FP16)[:jobs]]
             )
+        for layout, (n, columns) in itertools.product(LAYOUTS, ((128, 16), (100, 30), (128, 64))):
+            X = laid_out(torch.zeros(2, n, columns), layout)
+            if capability < 100:  # newer GPUs take torch's product
+                gram.gram(X)
+            for dtype in (FP32, BF16, FP16):
+                subspace_overlap.subspace_overlap(X.to(dtype), X.to(dtype))
     return launches
 
 

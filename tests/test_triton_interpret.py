@@ -18,6 +18,7 @@ import pytest
         "test_triton_kernels.py",
         "test_triton_group.py",
         "test_triton_gemm.py",
+        "test_triton_linalg.py",
         "test_traffic.py",
         "test_layer_traffic.py",
     ],

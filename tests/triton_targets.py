@@ -37,7 +37,7 @@ SHARED = {
     90: Shared(227 * _KIB, 228 * _KIB),
     100: Shared(227 * _KIB, 228 * _KIB),
 }
-_MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+_MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "DMMA")
 _ASYNCHRONOUS = ("LDGSTS", "UTMALDG")
 
 
@@ -162,7 +162,7 @@ def _tool(name: str, *args) -> str:
     return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
-def faults(launch: Launch, compiled: Compiled, *, matrix: bool, asynchronous: bool) -> list[str]:
+def faults(kernel: str, compiled: Compiled, *, matrix: bool, asynchronous: bool) -> list[str]:
     """What forbids shipping this configuration, none if it is sound; `matrix`, `asynchronous`: what its code must have."""
     found = []
     if compiled.spills:
@@ -171,7 +171,7 @@ def faults(launch: Launch, compiled: Compiled, *, matrix: bool, asynchronous: bo
         found.append(f"{compiled.shared} bytes of shared memory, more than {SHARED[compiled.capability].program}")
     if matrix and not compiled.matrix:
         found.append("no matrix instructions")
-    if launch.name.startswith("_lora_gemm") and compiled.capability == 90 and not compiled.count("HGMMA"):
+    if kernel.startswith("_lora_gemm") and compiled.capability == 90 and not compiled.count("HGMMA"):
         found.append("no HGMMA")
     if asynchronous and not compiled.asynchronous:
         found.append("no asynchronous copies")
