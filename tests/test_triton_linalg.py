@@ -117,6 +117,15 @@ def test_qr_holds_up_to_a_condition_of_a_million(lapack, condition):
         assert_qr(X[i], Q[i], R[i])
 
 
+def test_qr_where_the_triangle_amplifies_errors(lapack):
+    """|R⁻¹| |R| of a triangle of ones and minus ones is about 2^l: an error of X R⁻¹ in float32 comes back that much larger."""
+    R = 2 * torch.eye(18, dtype=FP64) - torch.ones(18, 18, dtype=FP64).triu()
+    X = (tall(90, 18, 1) @ R).to(DEVICE, FP32)
+    Q, found = cholesky_qr.qr(X[None])
+    assert not lapack
+    assert_qr(X, Q[0], found[0])
+
+
 def test_qr_of_columns_of_any_length(lapack):
     X = torch.randn(1, 90, 12, device=DEVICE) * torch.logspace(-30, 30, 12, device=DEVICE)
     Q, R = cholesky_qr.qr(X)
