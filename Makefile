@@ -6,14 +6,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTENSION_SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+EXTENSION_SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu*' 2>/dev/null)
 export HF_HUB_OFFLINE := 1
 
 # make asan: a sanitized adaptlora of its own, which the tests find instead of the checkout's. The sanitizers come before
 # Python, with libstdc++ so that ASan sees exceptions. Leaks are not looked for: Python leaves many. pytest must not swallow
 # what a dying process says: UBSan's words, which go to stderr alone, and ASan's, which a test's subprocess puts into a file.
 ASAN := build/asan
-ASAN_TESTS = $(wildcard tests/test_cpu_*.py tests/test_direct*.py tests/test_lora_*.py tests/test_rank_*.py)
+ASAN_TESTS = $(wildcard tests/test_cpu_*.py tests/test_direct*.py tests/test_lora_*.py tests/test_rank_*.py tests/test_jacobi_svd.py tests/test_cholesky_qr.py)
 ASAN_ENV = LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))" \
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(ASAN)/report UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(ASAN)/lib PYTEST_ADDOPTS="-o pythonpath=tests --capture=sys"
@@ -27,7 +27,7 @@ help:
 	@echo "make asan        the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc; 10 minutes)"
 	@echo "make lint        ruff"
 	@echo "make bench       every benchmark, ratios printed and written to bench/results/"
-	@echo "make gpu-check   compile every Triton kernel in every shipped configuration for sm_80, sm_90, sm_100; needs no GPU (20 minutes)"
+	@echo "make gpu-check   compile every Triton and CUDA kernel in every shipped configuration for sm_80, sm_90, sm_100; needs no GPU (20 minutes)"
 	@echo "make traffic     bytes and FLOPs that the Triton kernels ask for, counted in the interpreter (15 minutes)"
 	@echo "make op-behaviour  every op under torch.library.opcheck and torch.compile, on the C++ kernels and on Triton's in the interpreter"
 	@echo "make gpu         with a GPU: the Triton tests, the benchmarks, the compile check"
