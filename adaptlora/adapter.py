@@ -305,6 +305,9 @@ class Adapter:
             if name not in self.layers:
                 raise ValueError(f"replace_factors: factors must name adapted modules, got {name!r}")
             io.check_pair("replace_factors", name, lora_A, lora_B, self.layers[name])
+            scaling = scalings.get(name)
+            if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+                raise ValueError(f"replace_factors: scalings must give {name} a finite number, got {scaling!r}")
         self._take(factors, scalings)
         for layer in self.layers.values():
             for optimizer in layer.pair.optimizers:

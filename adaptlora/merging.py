@@ -60,8 +60,7 @@ def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out, saved: d
         that overflows its dtype), and nothing is left.
     """
     out = Path(out)
-    _check_out(base, out)
-    updates = _updates(base, list(modules)) | whole_tensors(base, saved or {})
+    updates = check_merge(base, modules, out, saved)
     with atomic_folder(out) as temporary:
         _copy_rest(base.path, temporary)
         for file in base.files:
@@ -76,6 +75,14 @@ def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out, saved: d
             save_file(tensors, temporary / file.name, metadata=metadata or None)
         if base.index:
             shutil.copyfile(base.index, temporary / base.index.name)
+
+
+def check_merge(
+    base: BaseWeights, modules: Iterable[LoraModule], out: Path, saved: dict[str, Tensor] | None = None
+) -> dict:
+    """{key: stored tensor → merged tensor}.  Raises: as `write_merged` before it writes."""
+    _check_out(base, out)
+    return _updates(base, list(modules)) | _whole_tensors(base, saved or {})
 
 
 def _updates(base: BaseWeights, modules: list[LoraModule]) -> dict:
@@ -105,7 +112,7 @@ def _updates(base: BaseWeights, modules: list[LoraModule]) -> dict:
     return updates
 
 
-def whole_tensors(base: BaseWeights, saved: dict[str, Tensor]) -> dict:
+def _whole_tensors(base: BaseWeights, saved: dict[str, Tensor]) -> dict:
     """{key: stored tensor → trained tensor in the base's dtype}, seen to fit.  Raises: ValueError (no such tensor, another shape)."""
     for key, tensor in saved.items():
         found = base.entries[key].shape if key in base.entries else None

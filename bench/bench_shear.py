@@ -59,7 +59,7 @@ def check(made) -> None:
 
 @pytest.mark.parametrize(
     ("case", "shapes", "r", "rounds"),
-    [("24 modules 1024×1024", [(1024, 1024)] * 24, 64, 3), ("one block of SmolLM2-135M", SMOLLM2, 64, 5)],
+    [("24 modules 1024×1024", [(1024, 1024)] * 24, 64, 3), ("three blocks of SmolLM2-135M", SMOLLM2 * 3, 64, 3)],
     ids=["1024", "smollm2"],
 )
 def test_norm(compare, quick, case, shapes, r, rounds):

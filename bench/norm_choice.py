@@ -2,7 +2,7 @@
 
     make data-e2e data-forgetting; python bench/quality_norm.py --train-only; python bench/norm_choice.py
 
-Exact and randomized base subspaces on all 210 modules; the official search over 20 seeds on every 21st module, beside the closed form.
+Exact and randomized base subspaces on all 210 modules; the official search over 20 seeds on every 20th module, beside the closed form.
 Writes bench/results/norm_choice.json. About ten minutes on two cores.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--adapter", default=ROOT / "runs" / "norm" / "lora-r32-seed0" / "adapter")
     parser.add_argument("--base", default=ROOT / ".data" / "smollm2-135m-instruct")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--every", type=int, default=21, help="the official search runs on every so many-th module")
+    parser.add_argument("--every", type=int, default=20, help="the official search runs on every so many-th module")
     options = parser.parse_args()
     modules, base = list(read(options.adapter).modules.values()), BaseWeights(options.base)
 

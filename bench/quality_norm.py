@@ -85,6 +85,8 @@ def judge(variant: str, seed: int, data_dir: str) -> dict:
     if variant != "no adapter":
         on_model = adaptlora.load(model, adapter)
         if config is not None:
+            if hasattr(config, "seed"):
+                config = dataclasses.replace(config, seed=seed)
             report = adaptlora.shear(on_model, config)
             facts = {"parameters": report.parameters()[1], "ranks": list(report.ranks().values())}
         else:

@@ -43,6 +43,7 @@ def test_candidates():
     assert candidates(64, 0.1, 1) == [6, 12, 19, 25, 32, 38, 44, 51, 57, 64]
     assert candidates(8, 0.1, 1) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert candidates(64, 0.1, 5) == [32, 38, 44, 51, 57, 64]
+    assert candidates(100, 0.29, 1) == [29, 58, 87, 100]
     assert candidates(1, 0.1, 1) == [1] and candidates(2, 0.3, 0) == [1, 2] and candidates(5, 1.0, 1) == [5]
 
 
@@ -233,6 +234,14 @@ def test_zero_vectors_are_not_counted_as_directions():
     assert shear(module, W, tau=0.9).rank == 6, "c = 9 ties with c = 10; only six components are there to keep"
 
 
+def test_a_bias_without_an_update_stays():
+    bias = torch.randn(N, dtype=torch.float64)
+    module, W = trained(bias=bias)
+    sheared = shear(dataclasses.replace(module, lora_B=torch.zeros(N, R, dtype=torch.float64)), W)
+    assert sheared.rank == 1 and not delta(sheared).any()
+    torch.testing.assert_close(sheared.module.scaling * sheared.module.bias, 2.0 * bias)
+
+
 def test_a_zero_update_is_gone():
     module, W = trained()
     sheared = shear(dataclasses.replace(module, lora_B=torch.zeros(N, R, dtype=torch.float64)), W)
@@ -274,9 +283,9 @@ BAD = [
     ({"components": "all"}, "components must be one of major, minor, pca, got 'all'"),
     ({"metric": "l1"}, "metric must be one of subspace, l2, cos, got 'l1'"),
     ({"base_svd": "fast"}, "base_svd must be one of randomized, exact, got 'fast'"),
-    ({"tau": 0}, r"tau must be in \(0, 1\], got 0"),
+    ({"tau": 0}, r"tau must be in \[0.001, 1\], got 0"),
     ({"start": -1}, "start must be an integer ≥ 0, got -1"),
-    ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+    ({"seed": 1.5}, "seed must be an integer of 64 bits, got 1.5"),
     ({"search": "official", "metric": "l2"}, 'search "official" must go with components "major"'),
 ]
 
@@ -290,8 +299,15 @@ def test_bad_configuration(fields, message):
 def test_values_that_are_not_finite():
     module, W = trained()
     W[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"randomized_svd: weights\[0\] must be finite"):
-        method_for(NoRMConfig()).module(module, lambda: W)
+    for fields in (
+        {},
+        {"metric": "cos"},
+        {"metric": "l2", "search": "min"},
+        {"search": "official"},
+        {"base_svd": "exact"},
+    ):
+        with pytest.raises(ValueError, match="shear: the base weight of m must be finite, got 1 NaN"):
+            method_for(NoRMConfig(**fields)).module(module, lambda: W)
     module.lora_A[0, 0] = math.inf
     with pytest.raises(ValueError, match=r"low_rank_svd: lora_As\[0\] must be finite"):
         shear(module, W)

@@ -51,7 +51,9 @@ def test_a_slow_spectrum_needs_more_iterations_and_the_residual_says_so():
         # Of U itself, one product with W later than the residual's: (I − UUᵀ) W V.
         left = W @ run.Vh.mT - run.U @ (run.U.mT @ W @ run.Vh.mT)
         assert torch.linalg.vector_norm(left, dim=0).max() / run.S[0] <= run.residual + 1e-12
-        assert torch.linalg.matrix_norm(W.mT @ run.U - run.Vh.mT * run.S, 2) <= 1.5 * run.residual * math.sqrt(20) + 1e-13
+        assert (
+            torch.linalg.matrix_norm(W.mT @ run.U - run.Vh.mT * run.S, 2) <= 1.5 * run.residual * math.sqrt(20) + 1e-13
+        )
     assert runs[0].residual > 0.05 and runs[60].residual < 1e-6 and gap(runs[60].U, exact.U) < 1e-5
 
 
@@ -59,6 +61,24 @@ def test_tol_stops_early():
     W = with_spectrum(150, 120, [1 / (1 + 0.05 * i) for i in range(120)])
     early, late = (randomized_svd([W], 20, n_iter=50, tol=tol)[0].residual for tol in (0.02, 0.0))
     assert late < 1e-9 < 1e-4 < early <= 0.02
+
+
+def test_the_filter_does_more_than_powers_with_as_many_products():
+    W = with_spectrum(300, 200, [1 / (1 + 0.02 * i) for i in range(200)])
+    (exact,) = randomized_svd_ref([W], 20)
+    Q = torch.linalg.qr(W @ torch.randn(200, 36, dtype=FP64)).Q
+    for _ in range(5):
+        Q = torch.linalg.qr(W @ (W.mT @ Q)).Q
+    powers = (Q @ torch.linalg.svd(Q.mT @ W, full_matrices=False).U)[:, :20]
+    assert gap(randomized_svd([W], 20, n_iter=4)[0].U, exact.U) < 0.3 * gap(powers, exact.U)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25, 1e36])
+def test_numbers_whose_squares_leave_the_range(size):
+    W = with_spectrum(60, 50, DECAY).float()
+    (plain,), (found,) = randomized_svd([W], 5), randomized_svd([W * size], 5)
+    torch.testing.assert_close(found.S, plain.S * size, rtol=1e-5, atol=0)
+    assert gap(found.U, plain.U) < 1e-4 and abs(found.residual - plain.residual) < 1e-5
 
 
 def test_more_triplets_than_there_are():

@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_where_it_stopped(base, adapter, tmp_path, monkeypa
         shear_files(adapter, out, base=base, workers=1)
     assert not out.exists() and len(list((tmp_path / "out.unfinished").glob("*.safetensors"))) == 4
     # What a power failure may leave of a file counts as not done.
-    next((tmp_path / "out.unfinished").glob("0.safetensors")).write_bytes(b"cut")
+    next((tmp_path / "out.unfinished").glob("*.safetensors")).write_bytes(b"cut")
     shear_files(adapter, out, base=base, workers=1)
     modules = len(json.loads((out / "shear_report.json").read_text())["modules"])
     assert len(loads) == 5 + modules - 3
@@ -191,6 +191,74 @@ def test_unfinished_work_of_another_run_is_not_used(base, adapter, tmp_path, mon
 
 def _stop(*arguments):
     raise Stopped
+
+
+@pytest.mark.parametrize("changed", ["base", "adapter"])
+def test_work_of_other_inputs_is_not_used(changed, base, adapter, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(LoraFile, "write", _stop)
+        shear_files(adapter, tmp_path / "out", base=base)
+    if changed == "base":
+        damage(base, QUERY, lambda W: torch.randn_like(W))
+    else:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file({key: 2 * value for key, value in tensors.items()}, adapter / "adapter_model.safetensors")
+    for out in ("out", "whole"):
+        shear_files(adapter, tmp_path / out, base=base)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ["write", "report", "replace"])
+def test_a_kill_while_the_results_are_written(where, base, adapter, tmp_path, monkeypatch):
+    shear_files(adapter, tmp_path / "whole", base=base, merge=True)
+    target = {
+        "write": (LoraFile, "write"),
+        "report": (files_module.ShearReport, "write"),
+        "replace": (files_module.os, "replace"),
+    }
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if where == "replace":
+            real = os.replace
+            patch.setattr(
+                files_module.os, "replace", lambda a, b: _stop() if str(b).endswith("out/merged") else real(a, b)
+            )
+        else:
+            patch.setattr(*target[where], _stop)
+        shear_files(adapter, tmp_path / "out", base=base, merge=True)
+    assert not (tmp_path / "out" / "merged").exists()
+    shear_files(adapter, tmp_path / "out", base=base, merge=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole") and not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize("left", [".fingerprint.x1", ".3.safetensors.x1"])
+def test_what_a_kill_leaves_of_files_being_written_is_ours(left, base, adapter, tmp_path):
+    folder = tmp_path / "out.unfinished"
+    folder.mkdir()
+    (folder / left).write_bytes(b"cut")
+    if "safetensors" in left:
+        (folder / "fingerprint").write_text("another")
+    shear_files(adapter, tmp_path / "out", base=base)
+    assert (tmp_path / "out" / "shear_report.json").is_file() and not folder.exists()
+
+
+def test_an_update_of_zeros_alone(base, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["query"])
+    peft.get_peft_model(tiny_bert(), config).save_pretrained(tmp_path / "adapter")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="shear: at least one module must keep an update, got only zeros in 2 modules"):
+        shear_files(tmp_path / "adapter", tmp_path / "out", base=base, merge=True)
+    assert tree(tmp_path) == before
+
+
+def test_without_matplotlib_there_are_no_pictures(base, adapter, tmp_path, monkeypatch):
+    from adaptlora.shear import report as report_module
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "phi.png").write_text("of an earlier run")
+    monkeypatch.setattr(report_module.importlib.util, "find_spec", lambda name: None)
+    shear_files(adapter, tmp_path / "out", base=base)
+    assert sorted(file.name for file in (tmp_path / "out").glob("*[!n].*n*") if file.suffix == ".png") == []
+    assert (tmp_path / "out" / "shear_report.json").is_file()
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(base, adapter, tmp_path):
@@ -223,9 +291,24 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
         ({"config": SVDConfig(budget=3)}, "budget must be at least one vector for each of the"),
         ({"adapter": "nothing"}, "nothing"),
         ({"out": "adapter"}, "shear: out must not be the adapter itself"),
-        ({"out": "base/config.json"}, "shear: out must be a folder for a PEFT adapter, got the file"),
+        ({"out": "base"}, "shear: out must not be the base model or lie in it"),
+        ({"out": "base/sheared", "merge": True}, "shear: out must not be the base model or lie in it"),
+        ({"out": "adapter/adapter_config.json"}, "shear: out must be a folder for a PEFT adapter, got the file"),
+        ({"workers": 0}, "shear: workers must be None or an integer > 0, got 0"),
+        ({"device": "cdua"}, "shear: device must be one that torch can use, got 'cdua'"),
     ],
-    ids=["no base", "no base to merge", "budget", "no adapter", "onto itself", "onto a file"],
+    ids=[
+        "no base",
+        "no base to merge",
+        "budget",
+        "no adapter",
+        "onto itself",
+        "onto the base",
+        "into the base",
+        "onto a file",
+        "workers",
+        "device",
+    ],
 )
 def test_bad_arguments(arguments, message, base, adapter, tmp_path):
     before = tree(tmp_path)
@@ -240,7 +323,7 @@ def test_bad_arguments(arguments, message, base, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda W: torch.full_like(W, float("nan")), "must be finite, got 256 NaN"),
+        (lambda W: torch.full_like(W, float("nan")), "layer.1.attention.self.query must be finite, got 256 NaN"),
         (
             lambda W: W[:8].clone(),
             r"layer.1.attention.self.query must have shape \(16, 16\), as the adapter's factors, got \(8, 16\)",
@@ -259,7 +342,8 @@ def test_a_base_that_does_not_fit(change, message, base, adapter, tmp_path):
 
 def test_a_merged_model_that_is_there_already(base, adapter, tmp_path):
     (tmp_path / "out" / "merged").mkdir(parents=True)
-    with pytest.raises(ValueError, match="merged must not exist before a merged model is written there"):
+    (tmp_path / "out" / "merged" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="merge: out must not exist or be an empty folder"):
         shear_files(adapter, tmp_path / "out", base=base, merge=True)
 
 
@@ -383,3 +467,32 @@ def test_files_that_are_missing_are_one_red_line(tmp_path, adapter):
     for arguments in ([tmp_path / "none"], [adapter, "--base", tmp_path / "none"]):
         result = invoke(*arguments, "-o", tmp_path / "out", code=2)
         assert result.stderr.startswith("error: ") and str(tmp_path / "none") in result.stderr.replace("\n", "")
+
+
+def test_merging_an_adapted_head_whose_base_weight_peft_stores(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    def llama():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=30, tie_word_embeddings=False, **sizes)).eval()
+
+    llama().save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    peft.get_peft_model(llama(), config).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any("lm_head.base_layer" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    shear_files(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").eval()
+    reference = peft.PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(merged(ids).logits, reference(ids).logits)
+    damage_one = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(
+        damage_one | {"lm_head.weight": torch.randn(30, 16)},
+        tmp_path / "base" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError, match="shear: the base weight of lm_head must be the one that the adapter stores, got another"
+    ):
+        shear_files(tmp_path / "adapter", tmp_path / "again", base=tmp_path / "base", merge=True)

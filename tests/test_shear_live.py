@@ -178,7 +178,14 @@ def peft_updates(model, name="default") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_rslora": True}, {"rank_pattern": {"query": 4}, "alpha_pattern": {"key": 5}}], ids=str
+    "fields",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"query": 4}, "alpha_pattern": {"key": 5}},
+        {"layers_to_transform": [0], "layers_pattern": "layer"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_peft_model_computes_saves_and_loads_what_the_report_says(config, fields, tmp_path):
@@ -269,3 +276,35 @@ def test_the_pool_takes_items_only_when_there_is_room_and_stops_at_an_error():
             assert square == i * i
             done.append(i)
     assert max(under_way) <= 3 and len(taken) <= 10
+
+
+def test_an_update_of_zeros_alone_is_an_error_and_stays(tmp_path):
+    import peft
+
+    model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(r=4, target_modules=["query"]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="shear: at least one module must keep an update, got only zeros in 2 modules"):
+        adaptlora.shear(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    adapter = adaptlora.attach(tiny_bert(), LoraConfig(r=4, target_modules=["query"]))
+    with pytest.raises(ValueError, match="got only zeros"):
+        adaptlora.shear(adapter)
+    assert set(adapter.ranks().values()) == {4}
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True])
+def test_workers_must_be_a_number(workers):
+    _, adapter = adapted()
+    with pytest.raises(ValueError, match="shear: workers must be None or an integer > 0, got"):
+        adaptlora.shear(adapter, workers=workers)
+
+
+@pytest.mark.parametrize("scaling", [None, float("nan"), "1"])
+def test_factors_without_a_scaling_change_nothing(scaling):
+    _, adapter = adapted()
+    name, layer = next(iter(adapter.layers.items()))
+    scalings = {} if scaling is None else {name: scaling}
+    with pytest.raises(ValueError, match=f"replace_factors: scalings must give {name} a finite number"):
+        adapter.replace_factors({name: (layer.lora_A[:2], layer.lora_B[:, :2])}, scalings)
+    assert set(adapter.ranks().values()) == {6}

@@ -146,6 +146,9 @@ def test_random_vectors():
         ("distilbert.transformer.layer.0.ffn.lin1", True),
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", False),
         ("lm_head", False),
+        ("transformer.output_layer", False),
+        ("output", False),
+        ("blocks.0.att.output", False),
         ("score", False),
     ],
 )
@@ -200,7 +203,7 @@ BAD = [
     (SVDConfig, {"energy": 1.5}, r"energy must be in \(0, 1\], got 1.5"),
     (SVDConfig, {"ratio": math.nan}, r"ratio must be in \(0, 1\], got nan"),
     (RandomConfig, {"eta": 0}, r"RandomConfig: eta must be in \(0, 1\], got 0"),
-    (RandomConfig, {"seed": "x"}, "seed must be an integer, got 'x'"),
+    (RandomConfig, {"seed": "x"}, "seed must be an integer of 64 bits, got 'x'"),
     (DropConfig, {"level": "block"}, "DropConfig: level must be one of layer, module, got 'block'"),
     (DropConfig, {"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
 ]

@@ -70,10 +70,14 @@ class PeftHandle:
     def replace(self, modules: list[LoraModule]) -> None:
         """Other factors and scalings, in the layers and in the configuration, so that save_pretrained saves what now computes."""
         key, config = self.adapter_name, self.config
+        ranks = {m.name: m.lora_A.shape[0] for m in modules if m.lora_A.shape[0]}
+        alphas = {
+            m.name: peft_config.alpha_for(vars(config), m.scaling, ranks[m.name]) for m in modules if m.name in ranks
+        }
+        changed = peft_config.for_modules(vars(config), ranks, alphas, self._others(ranks))
         for module in modules:
             layer = self.layers[module.name]
-            rank = module.lora_A.shape[0]
-            if rank == 0:
+            if module.name not in ranks:
                 for of_adapters in (layer.lora_A, layer.lora_B, layer.lora_dropout):
                     of_adapters.pop(key)
                 for of_adapters in (layer.r, layer.lora_alpha, layer.scaling):
@@ -81,14 +85,11 @@ class PeftHandle:
                 continue
             layer.lora_A[key] = _linear(layer.lora_A[key], module.lora_A, None)
             layer.lora_B[key] = _linear(layer.lora_B[key], module.lora_B, module.bias)
-            layer.r[key], layer.scaling[key] = rank, module.scaling
-            layer.lora_alpha[key] = peft_config.alpha_for(vars(config), module.scaling, rank)
-        left = {module.name: self.layers[module.name] for module in modules if module.lora_A.shape[0]}
-        ranks = {name: layer.r[key] for name, layer in left.items()}
-        alphas = {name: layer.lora_alpha[key] for name, layer in left.items()}
-        changed = peft_config.for_modules(vars(config), ranks, alphas, self._others(left))
-        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"):
-            setattr(config, field, changed[field])
+            layer.r[key], layer.scaling[key] = ranks[module.name], module.scaling
+            layer.lora_alpha[key] = alphas[module.name]
+        for field, value in changed.items():
+            if field != "init_lora_weights" and getattr(config, field) != value:
+                setattr(config, field, value)
 
     def _others(self, left) -> list[str]:
         """Names of the model's modules that are not adapted."""

@@ -196,7 +196,8 @@ def pair(op: str, file: Path, name: str, found: dict[str, Tensor]) -> tuple[Tens
     if not fits or shapes.get("bias", shape_B[:1]) != shape_B[:1]:
         raise ValueError(f"{op}: {file}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}")
     for part, tensor in found.items():
-        if tensor.dtype not in DTYPES or not tensor.isfinite().all():
+        # kohya's alpha may be an integer
+        if (tensor.dtype not in DTYPES and part != "alpha") or not tensor.isfinite().all():
             raise ValueError(
                 f"{op}: {file}: {name}: {part} must hold finite floating-point numbers of 16 bits or more, got {tensor.dtype}"
             )

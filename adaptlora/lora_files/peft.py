@@ -35,7 +35,21 @@ class PeftFile(LoraFile):
 
     def saved(self) -> dict[str, Tensor]:
         """{name in the model: tensor} of what is saved beside the factors: modules_to_save and the like."""
-        return {key.removeprefix(KEY_PREFIX): self.tensors[key] for key in self.others()}
+        keys = {key.removeprefix(KEY_PREFIX): key for key in self.others()}
+        return {name: self.tensors[key] for name, key in keys.items() if not self._adapted(name)}
+
+    def stored_bases(self) -> dict[str, Tensor]:
+        """{adapted module: its base weight}, of those whose base weight PEFT stores with the adapter (heads)."""
+        found = {}
+        for key in self.others():
+            name = key.removeprefix(KEY_PREFIX)
+            if self._adapted(name) and name.endswith(".weight"):
+                found[name.removesuffix(".base_layer.weight")] = self.tensors[key]
+        return found
+
+    def _adapted(self, name: str) -> bool:
+        """Whether a tensor is the base's of an adapted module."""
+        return name.rpartition(".base_layer.")[0] in self.modules
 
     def _save(self, out: Path, tensors: dict, modules: dict[str, LoraModule]) -> None:
         dropped = [name for name in self.modules if name not in modules]

@@ -66,6 +66,16 @@ def _subspace_iteration(W, rank: int, columns: int, n_iter: int, tol: float, see
     return Q @ X, S, Zh @ V.mT, residual
 
 
+def _scale(W: torch.Tensor) -> torch.Tensor | None:
+    """Largest elements (b, 1, 1), where squares of the largest or of small singular values would leave the dtype's range; else None."""
+    least, most = W.flatten(1).aminmax(dim=-1)
+    largest = torch.maximum(-least, most)
+    bound = torch.finfo(W.dtype).max ** 0.2
+    if ((largest < bound) & (largest > 1 / bound) | (largest == 0)).all():
+        return None
+    return torch.where(largest > 0, largest, 1)[:, None, None]
+
+
 def _residual(missed: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     """The largest column of what is missed, in parts of the largest column of `of`; 0 for zero matrices."""
     largest = [torch.linalg.vector_norm(columns, dim=-2).amax(-1) for columns in (missed, of)]
@@ -84,7 +94,12 @@ def _randomized_svd(weights, rank, oversample, n_iter, tol, seed):
         columns = min(rank + oversample, *first.shape)
         with no_autocast(first):
             W = stacked([weights[i] for i in indices], accumulation_dtype(first.dtype))
+            scale = _scale(W)
+            if scale is not None:
+                W = W / scale
             U, S, Vh, residual = _subspace_iteration(W, k, columns, n_iter, tol, seed)
+            if scale is not None:
+                S = S * scale[..., 0]
         parts = unstacked(U[..., :k]), unstacked(S[..., :k]), unstacked(Vh[..., :k, :]), residual.double()
         for i, *part in zip(indices, *parts, strict=True):
             results[i] = part

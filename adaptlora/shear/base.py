@@ -75,6 +75,14 @@ def selected(module: LoraModule, ranks: Sequence[int]) -> LoraModule:
     return replaced(module, module.lora_A[index], module.lora_B[:, index], module.scaling)
 
 
+def remaining(sheared: Sequence[Sheared]) -> list[Sheared]:
+    """Those with an update left.  Raises: ValueError (none has)."""
+    left = [s for s in sheared if s.rank]
+    if not left:
+        raise ValueError(f"shear: at least one module must keep an update, got only zeros in {len(sheared)} modules")
+    return left
+
+
 def numerical_rank(S: torch.Tensor, R: int) -> int:
     """How many singular values of a product of rank-R factors are more than rounding error."""
     return int((R * torch.finfo(S.dtype).eps * S[:1] < S).sum())

@@ -16,18 +16,18 @@ class Components(NamedTuple):
     basis: torch.Tensor
 
 
-def major(found, rank: int, module) -> Components:
+def major(found, rank: int) -> Components:
     """The `rank` singular components, the largest first."""
     return Components(found.U[:, :rank] * found.S[:rank], found.Vh[:rank], found.U[:, :rank])
 
 
-def minor(found, rank: int, module) -> Components:
+def minor(found, rank: int) -> Components:
     """The `rank` singular components, the smallest first."""
     backwards = torch.arange(rank - 1, -1, -1, device=found.S.device)
     return Components(found.U[:, backwards] * found.S[backwards], found.Vh[backwards], found.U[:, backwards])
 
 
-def pca(found, rank: int, module) -> Components:
+def pca(found, rank: int) -> Components:
     """B A projected on the principal axes of its rows, the axis of most variance first: B A v_i v_iᵀ."""
     left = found.U[:, :rank] * found.S[:rank]
     axes = torch.linalg.svd(left - left.mean(0), full_matrices=False).Vh

@@ -5,6 +5,10 @@ import dataclasses
 from ..config import _is_int, _is_number, _require
 
 
+def _check_seed(config) -> None:
+    _require(_is_int(config.seed) and abs(config.seed) < 2**63, config, "seed", "must be an integer of 64 bits")
+
+
 def _one_of(config, field: str, values: tuple[str, ...]) -> None:
     _require(getattr(config, field) in values, config, field, f"must be one of {', '.join(values)}")
 
@@ -17,7 +21,7 @@ class NoRMConfig:
     Args:
         search: "expected": φ_c with the directions beyond c counted as random ones are expected to overlap, in closed form;
             "official": the released procedure, whose r − c further directions are rounding noise, with a fixed seed (slow: an SVD of
-            the dense update for each candidate); "min": as "expected", but the c that resembles the base least.
+            the dense update for each candidate and of the base weight); "min": as "expected", but the c that resembles the base least.
         tau, start: candidates c are max(1, ⌊tau · s · r⌋) < r for s = start, start + 1, …, and r itself.
         components: "major": the c leading singular components of B A; "minor": the c trailing ones; "pca": B A projected on the c
             leading principal axes of its rows.
@@ -45,9 +49,9 @@ class NoRMConfig:
         _one_of(self, "components", ("major", "minor", "pca"))
         _one_of(self, "metric", ("subspace", "l2", "cos"))
         _one_of(self, "base_svd", ("randomized", "exact"))
-        _require(_is_number(self.tau) and 0 < self.tau <= 1, self, "tau", "must be in (0, 1]")
+        _require(_is_number(self.tau) and 1e-3 <= self.tau <= 1, self, "tau", "must be in [0.001, 1]")
         _require(_is_int(self.start) and self.start >= 0, self, "start", "must be an integer ≥ 0")
-        _require(_is_int(self.seed), self, "seed", "must be an integer")
+        _check_seed(self)
         if self.search == "official" and (self.components, self.metric) != ("major", "subspace"):
             raise ValueError(
                 'NoRMConfig: search "official" must go with components "major" and metric "subspace", '
@@ -96,7 +100,7 @@ class RandomConfig:
 
     def __post_init__(self):
         _require(_is_number(self.eta) and 0 < self.eta <= 1, self, "eta", "must be in (0, 1]")
-        _require(_is_int(self.seed), self, "seed", "must be an integer")
+        _check_seed(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ class TAIAConfig:
 class DropConfig:
     """
     Drop whole updates at random: of `ratio` of the layers (a layer: the modules with the same first number in their names; modules
-    without one are never dropped), or of `ratio` of the modules. At least one update stays.
+    without one are never dropped), or of `ratio` of the modules, of which at least one stays.
     """
 
     level: str = "layer"
@@ -118,4 +122,4 @@ class DropConfig:
     def __post_init__(self):
         _one_of(self, "level", ("layer", "module"))
         _require(_is_number(self.ratio) and 0 <= self.ratio < 1, self, "ratio", "must be in [0, 1)")
-        _require(_is_int(self.seed), self, "seed", "must be an integer")
+        _check_seed(self)

@@ -7,9 +7,9 @@ import torch
 
 from .base import Method, Sheared, selected
 
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|(^|\.)(att|time_mix)\.", re.IGNORECASE)
 _FEED_FORWARD = re.compile(
-    r"(^|[._])(mlp|ffn?|feed_?forward|intermediate|output|experts?|block_sparse_moe|densereludense|"
+    r"(^|[._])(mlp|ffn?|feed_?forward|intermediate|\d+[._]output[._]dense|experts?|block_sparse_moe|densereludense|"
     r"fc_?[12]|lin[12]|w[123i]|w[io](_[01])?|(gate|up|down)_(up_)?proj|dense_h_to_4h|dense_4h_to_h|c_fc)([._]|$)",
     re.IGNORECASE,
 )

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import torch
 
 from .. import lora_files
 from ..base_weights import BaseWeights
-from ..merging import whole_tensors, write_merged
+from ..merging import check_merge, write_merged
 from . import processes
+from .base import remaining
 from .config import NoRMConfig
 from .methods import method_for
-from .pool import over
+from .pool import check_workers, over
 from .report import ShearReport
 from .unfinished import Unfinished
 
@@ -37,8 +40,9 @@ def shear_files(
     `shear` for an adapter file: the result has the format of the input and computes W + scaling · B'A' in whatever loads that format.
 
     Base weights are read one module at a time, so that memory holds the adapter and `workers` base weights, never the model. What is
-    done is kept beside `out` until the end: the same call after a kill goes on where it stopped. Under torchrun the modules are split
-    over the processes; files come out bit for bit as from one process, whatever its number of threads.
+    done is kept beside `out` until the end: the same call after a kill goes on where it stopped. Under torchrun, or in a process group
+    that exists already, all processes call this, on one file system, and the modules are split over them; files come out bit for bit as
+    from one process, whatever its number of threads.
 
     Args:
         adapter: a PEFT folder, or a kohya or diffusers .safetensors file.
@@ -61,51 +65,58 @@ def shear_files(
             f"shear: {adapter} must hold at least one plain LoRA module, got no module but {len(file.skipped)} unsupported ones"
         )
     weights = _base(file, base, method.needs_base, merge)
-    report_folder = _check_out(file, out, merge)
+    report_folder = _check_out(file, out, base, merge)
     if merge:
-        whole_tensors(weights, file.saved())
+        _check_merge(file, weights, out)
+    check_workers(workers)
+    on_device = _device(device)
     method.prepare(list(file.modules))
     with processes.group() as group:
         work = Unfinished(out, _fingerprint(file, weights, config, device), file.modules, group)
 
         def compute(name: str):
             module = file.modules[name]
-            on_device = dataclasses.replace(module, lora_A=module.lora_A.to(device), lora_B=module.lora_B.to(device))
+            moved = dataclasses.replace(module, lora_A=module.lora_A.to(on_device), lora_B=module.lora_B.to(on_device))
 
             def weight() -> torch.Tensor:
-                return weights.load(name, fan_in_fan_out=module.fan_in_fan_out).to(device)
+                return weights.load(name, fan_in_fan_out=module.fan_in_fan_out).to(on_device)
 
-            sheared = method.module(on_device, weight if method.needs_base else None)
-            work.keep(sheared)
+            work.keep(method.module(moved, weight if method.needs_base else None))
 
-        with torch.no_grad():
-            _compute(compute, list(file.modules), work, group, workers if device == "cpu" else 1, progress)
-            if not group.first:
-                return None
-            report = ShearReport(config, method.finish([work.load(name) for name in file.modules]))
-        modules = {s.module.name: s.module for s in report.modules if s.rank}
-        if merge:
-            write_merged(weights, modules.values(), out / MERGED_FOLDER, file.saved())
-        file.write(out, modules)
-        report.write(report_folder)
-        work.discard()
-        return report
+        with work.undone_by_bad_input():
+            _compute(compute, file.modules, work, group, workers if on_device.type == "cpu" else 1, progress)
+        with work.undone_by_bad_input():
+            return _finish(file, weights, ShearReport(config, []), method, work, group, out, report_folder, merge)
 
 
-def _compute(compute, names: list[str], work: Unfinished, group, workers: int | None, progress) -> None:
-    """This process's share of the modules. An error about the input in any process is raised in all, and nothing is left then."""
-    share, error = group.share(names), None
-    todo = [name for name in share if name not in work.done()]
-    try:
+def _compute(compute, modules: dict, work: Unfinished, group, workers: int | None, progress) -> None:
+    """This process's share of the modules; an error in any process is one in all."""
+    share = group.share(sorted(modules, key=lambda name: -math.prod(_shape(modules[name]))))
+    done = work.done()
+    todo = [name for name in share if name not in done]
+    with group.agreement():
         for i, _ in enumerate(over(compute, todo, workers)):
             if progress is not None:
                 progress(len(share) - len(todo) + i + 1, len(share))
-    except ValueError as found:
-        error = found
-    first = group.agree(None if error is None else str(error))
-    if first is not None:
+
+
+def _finish(
+    file, weights, report, method, work, group, out: Path, report_folder: Path, merge: bool
+) -> ShearReport | None:
+    """The first process writes what all have computed; the others wait for it."""
+    with group.agreement():
+        if not group.first:
+            return None
+        report.modules = method.finish([work.load(name) for name in file.modules])
+        modules = {s.module.name: s.module for s in remaining(report.modules)}
+        if merge:
+            write_merged(weights, modules.values(), work.merged, file.saved())
+        file.write(out, modules)
+        report.write(report_folder)
+        if merge:
+            os.replace(work.merged, out / MERGED_FOLDER)
         work.discard()
-        raise error if error is not None else ValueError(first)
+        return report
 
 
 def _base(file, base, needed: bool, merge: bool) -> BaseWeights | None:
@@ -133,34 +144,57 @@ def _shape(module) -> tuple[int, int]:
     return module.lora_B.shape[0], module.lora_A.shape[1]
 
 
-def _check_out(file, out: Path, merge: bool) -> Path:
+def _check_out(file, out: Path, base, merge: bool) -> Path:
     """Folder of the report.  Raises: ValueError."""
     if out.resolve() == file.path.resolve():
         raise ValueError(f"shear: out must not be the adapter itself, got {str(out)!r}")
-    if file.kind == "peft":
-        if out.is_file():
-            raise ValueError(f"shear: out must be a folder for a PEFT adapter, got the file {str(out)!r}")
-        if merge and file.skipped:
-            name, why = next(iter(file.skipped.items()))
-            raise ValueError(f"shear: merge must find plain LoRA modules only, got {name} ({why})")
-        if merge and (out / MERGED_FOLDER).exists():
-            raise ValueError(f"shear: {out / MERGED_FOLDER} must not exist before a merged model is written there")
-        return out
-    if merge:
-        raise ValueError(f"shear: merge must go with a PEFT adapter, got a {file.kind} file")
-    if out.suffix != ".safetensors":
-        raise ValueError(f"shear: out must end in .safetensors for a {file.kind} file, got {str(out)!r}")
-    return out.with_suffix(".report")
+    if base is not None and out.resolve().is_relative_to(Path(base).resolve()):
+        raise ValueError(f"shear: out must not be the base model or lie in it, got {str(out)!r}")
+    report_folder = out if file.kind == "peft" else out.with_suffix(".report")
+    if file.kind != "peft":
+        if merge:
+            raise ValueError(f"shear: merge must go with a PEFT adapter, got a {file.kind} file")
+        if out.suffix != ".safetensors" or out.is_dir():
+            raise ValueError(f"shear: out must be a .safetensors file for a {file.kind} file, got {str(out)!r}")
+    if report_folder.is_file():
+        what = "a PEFT adapter" if file.kind == "peft" else "the report"
+        raise ValueError(f"shear: out must be a folder for {what}, got the file {str(report_folder)!r}")
+    return report_folder
+
+
+def _check_merge(file, weights: BaseWeights, out: Path) -> None:
+    """Everything that could keep the merged model from being written, but for its numbers.  Raises: ValueError."""
+    if file.skipped:
+        name, why = next(iter(file.skipped.items()))
+        raise ValueError(f"shear: merge must find plain LoRA modules only, got {name} ({why})")
+    check_merge(weights, file.modules.values(), out / MERGED_FOLDER, file.saved())
+    for name, stored in file.stored_bases().items():
+        if not torch.equal(weights.load(name).to(stored.dtype), stored):
+            raise ValueError(f"shear: the base weight of {name} must be the one that the adapter stores, got another")
+
+
+def _device(device: str) -> torch.device:
+    """The device, for processes of torchrun one GPU each.  Raises: ValueError."""
+    try:
+        found = torch.device(device)
+        if found == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"shear: device must be one that torch can use, got {device!r}") from error
+    return found
 
 
 def _fingerprint(file, weights, config, device: str) -> str:
     """What the result depends on; another one makes unfinished work worthless."""
+    from .. import __version__
+
     facts = {
         "adapter": _state(file.path),
         "base": weights.fingerprint() if weights is not None else None,
         "config": [type(config).__name__, dataclasses.asdict(config)],
         "device": device,
-        "torch": torch.__version__,
+        "versions": [__version__, torch.__version__],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

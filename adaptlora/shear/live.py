@@ -7,9 +7,10 @@ import torch
 from ..adapter import Adapter
 from ..lora_files import LoraModule
 from ..nn.lora_linear import is_conv1d
+from .base import remaining
 from .config import NoRMConfig
 from .methods import method_for
-from .pool import over
+from .pool import check_workers, over
 from .report import ShearReport
 
 
@@ -39,6 +40,7 @@ def shear(
     method = method_for(config)
     handle = _handle(target, adapter_name)
     modules = handle.modules()
+    check_workers(workers)
     method.prepare(list(modules))
     done = {}
 
@@ -51,6 +53,7 @@ def shear(
             if progress is not None:
                 progress(len(done), len(modules))
         sheared = method.finish([done[name] for name in modules])
+        remaining(sheared)
         handle.replace([s.module for s in sheared])
     return ShearReport(config, sheared)
 

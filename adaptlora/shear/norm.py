@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..ops import low_rank_svd, randomized_svd, randomized_svd_ref, subspace_overlap
+from ..ops._checks import check_finite
 from .base import Method, Sheared, numerical_rank, replaced
 from .components import Components, major, minor, pca
 
@@ -14,7 +15,7 @@ def candidates(r: int, tau: float, start: int) -> list[int]:
     found = {r}
     s = start
     while tau * s < 1:
-        found.add(max(1, int(r * (tau * s))))
+        found.add(max(1, int(r * tau * s + 1e-9)))  # 100 · 0.29 is a little less than 29
         s += 1
     return sorted(c for c in found if c <= r)
 
@@ -57,16 +58,20 @@ class NoRM(Method):
 
     def module(self, module, weight) -> Sheared:
         config, W = self.config, weight()
-        r, N = module.lora_A.shape[0], module.lora_B.shape[0]
+        r = module.lora_A.shape[0]
         (found,) = low_rank_svd([module.lora_A], [module.lora_B])
         W = W.to(found.U)
+        check_finite("shear", f"the base weight of {module.name}", W)
         decompose = {"major": major, "minor": minor, "pca": pca}[config.components]
-        parts = decompose(found, numerical_rank(found.S, r), module)
+        # A bias of lora_B needs a component to go with.
+        rank = max(numerical_rank(found.S, r), int(module.bias is not None))
+        parts = decompose(found, rank)
         facts = {"singular_values": found.S.tolist()}
         if config.metric == "subspace" or config.amplification:
             base = self._base(W, r)
             facts["base_residual"] = base.residual
-        curve = self._curve(parts, base if config.metric == "subspace" else None, W, r, N)
+        scaling = module.scaling if config.keep_scaling else 1.0
+        curve = self._curve(parts, base if config.metric == "subspace" else None, W, r, scaling)
         among = candidates(r, config.tau, config.start)
         if config.search == "official":
             delta = module.lora_B.to(W) @ module.lora_A.to(W)
@@ -77,7 +82,6 @@ class NoRM(Method):
         best = (min if config.search == "min" else max)(curve[c - 1] for c in among)
         c = next(c for c in among if curve[c - 1] == best)
         kept = min(c, len(parts.right))
-        scaling = module.scaling if config.keep_scaling else 1.0
         smaller = replaced(module, parts.right[:kept], parts.left[:, :kept], scaling)
         facts |= {
             "c": c,
@@ -90,16 +94,17 @@ class NoRM(Method):
         return Sheared(smaller, r, facts)
 
     def _base(self, W: torch.Tensor, r: int):
-        if self.config.base_svd == "exact":
+        if self.config.base_svd == "exact" or self.config.search == "official":
             return randomized_svd_ref([W], r)[0]
         return randomized_svd([W], r, seed=self.config.seed)[0]
 
-    def _curve(self, parts: Components, base, W: torch.Tensor, r: int, N: int) -> list[float]:
+    def _curve(self, parts: Components, base, W: torch.Tensor, r: int, scaling: float) -> list[float]:
         """What the metric gives each c = 1 … r."""
         if self.config.metric == "subspace":
-            return expected_overlap(subspace_overlap(parts.basis, base.U), r, N, base.U.shape[1])
-        squares = parts.left.double().square().sum(0).cumsum(0).tolist()
-        inner = (parts.left * (W @ parts.right.mT)).double().sum(0).cumsum(0).tolist()
+            return expected_overlap(subspace_overlap(parts.basis, base.U), r, len(W), base.U.shape[1])
+        left = scaling * parts.left
+        squares = left.double().square().sum(0).cumsum(0).tolist()
+        inner = (left * (W @ parts.right.mT)).double().sum(0).cumsum(0).tolist()
         whole = float(W.double().square().sum())
         curve = []
         for c in range(1, r + 1):

@@ -6,6 +6,11 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import torch
 
 
+def check_workers(workers) -> None:
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"shear: workers must be None or an integer > 0, got {workers!r}")
+
+
 def over(function: Callable, items: Iterable, workers: int | None = None) -> Iterator[tuple[object, object]]:
     """
     (item, function(item)) for each item, in the order in which they are done.

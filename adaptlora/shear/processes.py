@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -14,11 +15,9 @@ class _One:
     def share(self, names: list[str]) -> list[str]:
         return names
 
-    def agree(self, error: str | None) -> str | None:
-        return error
-
-    def wait(self) -> None:
-        pass
+    @contextmanager
+    def agreement(self):
+        yield
 
 
 class _Many:
@@ -31,25 +30,38 @@ class _Many:
     def share(self, names: list[str]) -> list[str]:
         return names[self.rank :: self.size]
 
-    def agree(self, error: str | None) -> str | None:
-        """Every process says what went wrong in it; all hear the first error and where it was."""
-        errors = [None] * self.size
-        dist.all_gather_object(errors, error)
-        return next((f"process {rank}: {text}" for rank, text in enumerate(errors) if text is not None), None)
-
-    def wait(self) -> None:
-        dist.barrier()
+    @contextmanager
+    def agreement(self):
+        """
+        Processes leave the block together: with what went wrong in them, or with a ValueError (RuntimeError, for what is no
+        ValueError) that names the first process in which something did.
+        """
+        error = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        bad_input = isinstance(error, ValueError)
+        told: list = [None] * self.size
+        dist.all_gather_object(told, None if error is None else (bad_input, f"{error}" if bad_input else repr(error)))
+        if error is not None:
+            raise error
+        for rank, what in enumerate(told):
+            if what is not None:
+                raise (ValueError if what[0] else RuntimeError)(f"shear: process {rank}: {what[1]}")
 
 
 @contextmanager
 def group():
     """Within torchrun (RANK and WORLD_SIZE are set) its processes, else this one; a group that exists already is used."""
-    if not dist.is_available() or (not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) == 1):
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not dist.is_available() or not (dist.is_initialized() or launched):
         yield _One()
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo")
+        # torchrun ends all processes when one dies; waiting for one that computes may take long.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
         yield _Many()
     finally:

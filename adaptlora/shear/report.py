@@ -1,6 +1,7 @@
 """What shearing found and did, for people (tables, pictures) and programs (JSON)."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -52,15 +53,24 @@ class ShearReport:
         }
 
     def write(self, folder: str | Path) -> None:
-        """shear_report.json, ranks.png (layers × modules) and, where the method searched, phi.png (φ against c)."""
+        """
+        shear_report.json; where matplotlib is installed also ranks.png (layers × modules) and, where the method searched, phi.png (φ
+        against c). Pictures that an earlier report left are removed.
+        """
+        folder = Path(folder)
+        with atomic_file(folder / REPORT_FILE) as file:
+            file.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        for picture in (RANKS_FILE, PHI_FILE):
+            (folder / picture).unlink(missing_ok=True)
+        if importlib.util.find_spec("matplotlib") is not None:
+            self._draw(folder)
+
+    def _draw(self, folder: Path) -> None:
         from ..plots import describe_ranks, overlap_curves, rank_heatmap
 
-        folder = Path(folder)
         ranks = self.ranks()
         top = max(sheared.rank_before for sheared in self.modules)
         rank_heatmap(ranks, folder / RANKS_FILE, max_rank=top, title=f"{self.method}: {describe_ranks(ranks)}")
         curves = {s.module.name: (s.facts["phi"], s.facts["c"]) for s in self.modules if "phi" in s.facts}
         if curves:
             overlap_curves(curves, folder / PHI_FILE, metric=self.config.metric)
-        with atomic_file(folder / REPORT_FILE) as file:
-            file.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,9 @@ from ..files import atomic_file
 from .base import Sheared
 
 _FINGERPRINT = "fingerprint"
+_OURS = re.compile(
+    r"\.?(\d+\.safetensors|fingerprint|merged)(\.[^.]+)?$"
+)  # with what a kill leaves of files being written
 
 
 class Unfinished:
@@ -25,22 +30,36 @@ class Unfinished:
 
     def __init__(self, out: Path, fingerprint: str, modules: dict, group):
         self.folder = out.with_name(f"{out.name}.unfinished")
+        self.merged = self.folder / "merged"  # a place for the merged model until all else is written
         self._modules = modules
         self._files = {name: self.folder / f"{i}.safetensors" for i, name in enumerate(modules)}
-        if group.first:
-            self._begin(fingerprint)
-        group.wait()
+        with group.agreement():
+            if group.first:
+                self._begin(fingerprint)
 
     def _begin(self, fingerprint: str) -> None:
         mark = self.folder / _FINGERPRINT
         if self.folder.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint):
-            if any(entry.suffix != ".safetensors" and entry.name != _FINGERPRINT for entry in self.folder.iterdir()):
+            names = [entry.name for entry in self.folder.iterdir()]
+            started = mark.is_file() or not any(name.endswith(".safetensors") for name in names)
+            if not started or not all(map(_OURS.match, names)):
                 raise ValueError(
                     f"shear: {self.folder} must be what an earlier run left, or absent, got other files in it"
                 )
             shutil.rmtree(self.folder)
+        if self.merged.exists():
+            shutil.rmtree(self.merged)
         with atomic_file(mark) as file:
             file.write_text(fingerprint, encoding="utf-8")
+
+    @contextmanager
+    def undone_by_bad_input(self):
+        """A ValueError in the block leaves nothing behind; after anything else the same call can go on."""
+        try:
+            yield
+        except ValueError:
+            self.discard()
+            raise
 
     def done(self) -> set[str]:
         """Names of the modules that `load` can give."""
