@@ -1,11 +1,11 @@
-"""What shearing does to a trained LoRA: SmolLM2-135M on E2E, r = 64, before and after NoRM, TAIA, random drops and truncation.
+"""What shearing does to a trained LoRA: SmolLM2-135M on E2E, r = 64, before and after NoRM, TAIA and random drops.
 
     make data-e2e data-forgetting
     python bench/quality_norm.py --seeds 3            # resumable: what is done is not repeated
     python bench/quality_norm.py --train-only
 
-The task is judged by the perplexity of held-out references, forgetting by the perplexity of Wikipedia's text. One training run is about
-four minutes on two cores, a variant half a minute. Adapters go to runs/norm, results to bench/results/quality_norm.json.
+The task is judged by the perplexity of every other held-out reference, forgetting by the perplexity of Wikipedia's text. One training run
+is about ten minutes on two cores, a variant one. Adapters go to runs/norm, results to bench/results/quality_norm.json.
 """
 
 import argparse
@@ -20,24 +20,21 @@ from xml.etree import ElementTree
 import torch
 
 import adaptlora
-from adaptlora import DropConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig, doctor
+from adaptlora import NoRMConfig, RandomConfig, TAIAConfig, doctor
 from adaptlora.files import atomic_file
 from adaptlora.finetune import data, fetch, preset, run, tasks
 from adaptlora.finetune.metrics import perplexity
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "quality_norm.json"
-R, TOKENS, CHUNKS = 64, 256, 40
+R, TOKENS, CHUNKS = 64, 256, 16
 VARIANTS = {
     "no adapter": None,
     "LoRA r = 64": None,
     "NoRM": NoRMConfig(),
     "NoRM, trained scaling": NoRMConfig(keep_scaling=True),
-    "NoRM, least similar": NoRMConfig(search="min", keep_scaling=True),
     "TAIA": TAIAConfig(),
     "random half of the vectors": RandomConfig(eta=0.5),
-    "random half of the layers": DropConfig(level="layer", ratio=0.5),
-    "singular values, rank 8": SVDConfig(rank=8),
 }
 
 
@@ -80,6 +77,7 @@ def judge(variant: str, seed: int, data_dir: str) -> dict:
     adapter = trained(seed, data_dir)
     spec = dataclasses.replace(preset("e2e"), seed=seed, data_dir=data_dir, generate=0)
     task = tasks.build(spec, data.load(spec))
+    task.test = task.test[::2]
     model = task.model().eval()
     config, facts = VARIANTS[variant], {}
     if variant != "no adapter":
@@ -143,6 +141,8 @@ def main() -> None:
     for seed in range(options.seeds):
         for variant in VARIANTS:
             key = f"{variant}/{seed}"
+            if variant == "no adapter" and seed:
+                continue  # the same model and data
             if key not in load()["runs"]:
                 result = judge(variant, seed, options.data_dir)
                 store(key, result)

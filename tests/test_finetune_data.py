@@ -282,7 +282,7 @@ def test_fetch_command(tmp_path, source, capsys):
 
 
 def test_locate_unknown():
-    with pytest.raises(ValueError, match="must be one of minilm, trec, smollm2, e2e, got '@bert'"):
+    with pytest.raises(ValueError, match="must be one of minilm, trec, smollm2, e2e, wikipedia, got '@bert'"):
         fetch.locate("bert", ".data")
 
 
