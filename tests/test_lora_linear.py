@@ -514,7 +514,8 @@ def test_trainable_base_is_allowed_without_gradients(backend):
     sample = Case().sample()
     sample["weight"].requires_grad_()
     with torch.no_grad():
-        call(sample)
+        y = call(sample)
+    assert not y.requires_grad and torch.equal(y, call(sample | {"weight": sample["weight"].detach()}).detach())
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_other_formats_go_out_as_they_came_in(kind, tmp_path):
         assert down.dtype == torch.bfloat16 and down.shape == (sheared.rank, 20)
         scaling = found[f"{stem}.alpha"].item() / sheared.rank if kind == "kohya" else 1.0
         expected = m.scaling * m.lora_B.float() @ m.lora_A.float()
-        torch.testing.assert_close(scaling * up.float() @ down.float(), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(scaling * up.float() @ down.float(), expected, rtol=1e-5, atol=1e-6)
     assert (tmp_path / "out.report" / "shear_report.json").is_file()
 
 
@@ -257,7 +257,7 @@ def test_without_matplotlib_there_are_no_pictures(base, adapter, tmp_path, monke
     (tmp_path / "out" / "phi.png").write_text("of an earlier run")
     monkeypatch.setattr(report_module.importlib.util, "find_spec", lambda name: None)
     shear_files(adapter, tmp_path / "out", base=base)
-    assert sorted(file.name for file in (tmp_path / "out").glob("*[!n].*n*") if file.suffix == ".png") == []
+    assert not list((tmp_path / "out").glob("*.png"))
     assert (tmp_path / "out" / "shear_report.json").is_file()
 
 
