@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class LoraModule:
 
 
 @dataclasses.dataclass
-class LoraFile:
+class LoraFile(ABC):
     """
     An adapter as it was read.
 
@@ -116,8 +117,9 @@ class LoraFile:
                 stored[key] = new.clone(memory_format=torch.contiguous_format)
         return stored
 
+    @abstractmethod
     def _save(self, out: Path, tensors: dict[str, Tensor], modules: dict[str, LoraModule]) -> None:
-        raise NotImplementedError
+        """Write the checked `tensors` in the format's own way."""
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

@@ -1,6 +1,7 @@
 """What every method of shearing does: a module's update in, a smaller one out."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +29,7 @@ class Sheared:
         return self.module.lora_A.shape[0]
 
 
-class Method:
+class Method(ABC):
     """
     A method of shearing. `prepare` sees every name first, `module` one module at a time, `finish` all that is left at the end.
 
@@ -40,16 +41,16 @@ class Method:
     def __init__(self, config):
         self.config = config
 
-    def prepare(self, names: Sequence[str]) -> None:
+    def prepare(self, names: Sequence[str]) -> None:  # noqa: B027 - most methods have nothing to prepare
         """Raises: ValueError (a configuration that does not fit these modules)."""
 
+    @abstractmethod
     def module(self, module: LoraModule, weight: Callable[[], torch.Tensor] | None) -> Sheared:
         """
         Args:
             module: factors of any floating dtype.
             weight: gives the base weight (N, K), where `needs_base`.
         """
-        raise NotImplementedError
 
     def finish(self, sheared: list[Sheared]) -> list[Sheared]:
         return sheared
