@@ -3,16 +3,17 @@
 import copy
 import dataclasses
 import math
+import weakref
 
 import torch
 from torch import nn
 
 from . import io
 from .config import LoraConfig
-from .methods import check_config, method_for
+from .methods import METHODS, Attachment, Method, check_config
 from .nn import LoraLinear
 from .ranks import FACTORS, commit_ranks
-from .targets import find_saved, find_targets, matches_pattern, pattern_value
+from .targets import find_saved, find_targets, matches_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,16 @@ def _set_fused_encoders(model: nn.Module, names, fused: dict) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def attach(model: nn.Module, config: LoraConfig) -> "Adapter":
+def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=None) -> "Adapter":
     """
     Put an adapter of `config`'s method on `model`, in place: chosen linear layers become `LoraLinear`, all else is frozen.
 
     Args:
         model: any nn.Module.
-        config: LoraConfig, NormALConfig, …
+        config: LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig.
+        calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
+            one argument.
+        progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
     Raises: ValueError or TypeError (targets, patterns, budget, a model adapted already); the model is unchanged then.
     """
     check_config(config)
@@ -56,27 +60,27 @@ def attach(model: nn.Module, config: LoraConfig) -> "Adapter":
         for key in getattr(config, field):
             if not any(matches_pattern(key, name) for name in targets):
                 raise ValueError(f"attach: {field} must name adapted modules, got {key!r}")
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    generator = torch.Generator().manual_seed(config.seed)
+    required = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    kind = METHODS[type(config)]
     try:
-        layers = {}
-        for name, module in targets.items():
-            r = pattern_value(config.rank_pattern, name, config.r)
-            alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-            layers[name] = LoraLinear(
-                module, r, scaling=config.scaling(r, alpha), dropout_p=config.lora_dropout, generator=generator
-            ).train(module.training)
-        method = method_for(config, layers)
-    except (TypeError, ValueError):
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
+        layers = kind.build(config, Attachment(model, targets, calibration, progress))
+        for name, layer in layers.items():
+            layer.train(targets[name].training)
+        method = kind(config, layers)
+        model.requires_grad_(False)
+        trained = {name: copy.deepcopy(module).requires_grad_(True) for name, module in saved.items()}
+        method.begin()
+    except BaseException:
+        _require_grad(model, required)
         raise
-    for parameter in required:
-        parameter.requires_grad_(False)
-    trained = {name: copy.deepcopy(module).requires_grad_(True) for name, module in saved.items()}
     for name, module in {**layers, **trained}.items():
         _replace(model, name, module)
     return Adapter(model, config, layers, trained, saved, method, required)
+
+
+def _require_grad(model: nn.Module, required: dict[str, bool]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(required[name])
 
 
 def load(model: nn.Module, path) -> "Adapter":
@@ -98,6 +102,24 @@ def load(model: nn.Module, path) -> "Adapter":
     return adapter
 
 
+def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
+    """Tell a method that looks at gradients or composes factors when the optimizer steps; the optimizer does not keep it alive."""
+    reference = weakref.ref(method)
+
+    def hook(name: str):
+        def call(*_):
+            alive = reference()
+            if alive is not None:
+                getattr(alive, name)()
+
+        return call
+
+    if type(method).before_optimizer_step is not Method.before_optimizer_step:
+        optimizer.register_step_pre_hook(hook("before_optimizer_step"))
+    if type(method).after_optimizer_step is not Method.after_optimizer_step:
+        optimizer.register_step_post_hook(hook("after_optimizer_step"))
+
+
 class Adapter:
     """
     An adapter on a model: its trainable parameters, its method, its file.  Made by `attach` and `load`.
@@ -117,6 +139,7 @@ class Adapter:
         self._required = required
         self._unmerged: dict[str, nn.Parameter] | None = None
         self._attached = True
+        self._watched = weakref.WeakSet()
         self._fused: dict[nn.Module, int] = {}
         _set_fused_encoders(model, layers, self._fused)
 
@@ -155,6 +178,9 @@ class Adapter:
             )
         for layer in self.layers.values():
             layer.pair.track(optimizer)
+        if optimizer not in self._watched:
+            self._watched.add(optimizer)
+            _watch(optimizer, self.method)
 
     def penalty(self) -> torch.Tensor:
         """The method's term of the loss now: a 0-dim tensor, zero when there is none.  loss + penalty() is what trains."""
@@ -175,15 +201,14 @@ class Adapter:
         self.check_trainable("step")
         value = self._loss_value(loss)
         optimizers = self._tracked_optimizers() if self.method.needs_optimizer() else []
-        state = self.method.state_dict()
-        # A method may shrink vectors in the step that then fails to change ranks.
-        kept = [factor.detach().clone() for factor in self.factors()] if self.method.may_change_ranks() else []
+        state = self.method.step_state()
+        kept = [factor.detach().clone() for factor in self.factors()] if self.method.writes_before_change() else []
         try:
             ranks = self.method.step(value, optimizers)
             if ranks is None:
                 return None
             before = self.ranks()
-            commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
+            self._commit(ranks, compact=not self.method.parks)
         except BaseException:
             self.method.load_state_dict(state)
             with torch.no_grad():
@@ -192,7 +217,26 @@ class Adapter:
             raise
         for name, layer in self.layers.items():
             layer.scaling = self.method.scaling(name, layer, ranks[name])
-        return RankChange(self.method.t, before, self.ranks())
+        self.method.changed(ranks)
+        return RankChange(self.method.t, before, ranks)
+
+    def _commit(self, ranks: dict[str, int], *, compact: bool) -> None:
+        # Vectors that never were there are drawn alike whatever else drew random numbers.
+        generator = torch.Generator().manual_seed(self.config.seed + self.method.t)
+        pairs = {name: layer.pair for name, layer in self.layers.items()}
+        commit_ranks(pairs, ranks, compact=compact, generator=generator)
+
+    def compact(self) -> None:
+        """
+        Give the memory of parked vectors back, their optimizer state included: factors, gradients and state are then as small as the
+        ranks say, and the method changes ranks no more. Where nothing can come back (NormAL, plain LoRA) there is nothing to give back.
+
+        Raises: ValueError (merged or detached), TypeError (an optimizer's state that cannot follow); nothing has changed then.
+        """
+        self.check_trainable("compact")
+        self._commit(self.ranks(), compact=True)
+        if self.method.parks:
+            self.method.compacted()
 
     def _loss_value(self, loss) -> float | None:
         if loss is None:
@@ -283,7 +327,7 @@ class Adapter:
         """Checked ranks, weights and scalings from outside; a module without any gets rank 0."""
         ranks = {name: factors[name][0].shape[0] if name in factors else 0 for name in self.layers}
         self.method.start_from(ranks)
-        commit_ranks({name: layer.pair for name, layer in self.layers.items()}, ranks, compact=True)
+        self._commit(ranks, compact=True)
         with torch.no_grad():
             for name, (lora_A, lora_B) in factors.items():
                 self.layers[name].lora_A.copy_(lora_A)
@@ -315,16 +359,22 @@ class Adapter:
                     optimizer.state.pop(getattr(layer, factor), None)
 
     def state_dict(self) -> dict:
-        """Factors, ranks, scalings, modules_to_save and the method's own state; tensors are the live ones, not copies."""
+        """Factors, parked vectors, scalings, modules_to_save and the method's own state; tensors are the live ones but for the parked."""
         return {
             "factors": {name: {f: getattr(layer, f).detach() for f in FACTORS} for name, layer in self.layers.items()},
+            "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
             "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
             "method": self.method.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Inverse of `state_dict`; ranks follow the state.  Raises: ValueError (other modules or shapes); nothing has changed then."""
+        """
+        Inverse of `state_dict`; ranks follow the state. The state of parked vectors goes to the tracked optimizers, or to the next one that
+        is tracked.
+
+        Raises: ValueError (other modules or shapes); nothing has changed then.
+        """
         factors = state["factors"]
         if factors.keys() != self.layers.keys():
             different = sorted(factors.keys() ^ self.layers.keys())
@@ -334,21 +384,24 @@ class Adapter:
         for name, pair in factors.items():
             io.check_pair("load_state_dict", name, pair["lora_A"], pair["lora_B"], self.layers[name])
         io.check_saved("load_state_dict", state["modules_to_save"], self.saved)
-        for field, expected in (("scalings", self.layers), ("method", self.method.state_dict())):
+        expected_fields = {"scalings": self.layers, "parked": self.layers, "method": self.method.state_dict()}
+        for field, expected in expected_fields.items():
             if state[field].keys() != expected.keys():
                 different = sorted(state[field].keys() ^ expected.keys())
                 raise ValueError(
                     f"load_state_dict: {field} must have the adapter's entries, got a difference in {different[:5]}"
                 )
-        commit_ranks(
-            {name: layer.pair for name, layer in self.layers.items()},
-            {name: pair["lora_A"].shape[0] for name, pair in factors.items()},
-            compact=True,
-        )
+        for name, layer in self.layers.items():
+            try:
+                layer.pair.check_parked(state["parked"][name])
+            except ValueError as error:
+                raise ValueError(f"load_state_dict: {name}: {error}") from error
+        self._commit({name: pair["lora_A"].shape[0] for name, pair in factors.items()}, compact=True)
         with torch.no_grad():
             for name, pair in factors.items():
                 for factor in FACTORS:
                     getattr(self.layers[name], factor).copy_(pair[factor])
+                self.layers[name].pair.park(state["parked"][name])
                 self.layers[name].scaling = state["scalings"][name]
         for name, tensors in state["modules_to_save"].items():
             self.saved[name].load_state_dict(tensors)
@@ -405,8 +458,8 @@ class Adapter:
             trained = next(self.saved[name].parameters(), None)
             _replace(self.model, name, module if trained is None else module.to(trained.device, trained.dtype))
         self._restore_fused_encoders()
-        for parameter, flag in self._required.items():
-            parameter.requires_grad_(flag)
+        self.method.end()
+        _require_grad(self.model, self._required)
         self._attached = False
         return self.model
 

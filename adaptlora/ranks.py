@@ -16,6 +16,7 @@ from torch import nn
 from .ops.rank_gather import gather_rows
 
 FACTORS = ("lora_A", "lora_B")
+_PARKED = "parked."  # in a module's state_dict
 
 
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -146,6 +147,7 @@ class RankedPair(nn.Module):
         if capacity < r:
             raise ValueError(f"RankedPair: capacity must be at least r={r}, got {capacity}")
         self._tracked = weakref.WeakKeyDictionary()
+        self._waiting: dict[tuple[str, str], torch.Tensor] = {}  # parked state for an optimizer that is not tracked yet
         self._stores = {
             "lora_A": uniform_rows(capacity, in_features, generator).to(device=device, dtype=dtype),
             "lora_B": torch.zeros(capacity, out_features, device=device, dtype=dtype),
@@ -161,12 +163,19 @@ class RankedPair(nn.Module):
     def capacity(self) -> int:
         return self._data_slot("lora_A").store.shape[0]
 
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A (capacity, K), B (N, capacity)): all vectors, the parked ones behind the active ones; views, without gradient."""
+        return tuple(_rows(name, self._data_slot(name).store) for name in FACTORS)
+
     def extra_repr(self) -> str:
         return f"K={self.lora_A.shape[1]}, N={self.lora_B.shape[0]}, rank={self.rank}, capacity={self.capacity}"
 
     def track(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the state that `optimizer` keeps for the two factors follow every rank change. Held weakly."""
-        self._tracked.setdefault(optimizer, {})
+        stores = self._tracked.setdefault(optimizer, {})
+        for (name, key), parked in self._waiting.items():
+            stores[name, key] = self._behind_active(parked)
+        self._waiting.clear()
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -220,10 +229,14 @@ class RankedPair(nn.Module):
         order = list(range(self.rank)) if order is None else list(order)
 
         lists: dict[int, list[int]] = {}
+        capacity = self.capacity
 
         def rows_of(held: int) -> list[int]:
             if held not in lists:
-                rows = [*order, *range(len(order), held), *[-1] * (rank - held)]
+                # A store that must grow takes the whole capacity at once, so that an optimizer's state, which begins with the
+                # active rows alone, is moved once and not at every step up.
+                size = max(rank, capacity) if rank > held else held
+                rows = [*order, *range(len(order), held), *[-1] * (size - held)]
                 lists[held] = rows[:rank] if compact else rows
             return lists[held]
 
@@ -272,6 +285,50 @@ class RankedPair(nn.Module):
             held["optimizer"] += sum(slot.store.untyped_storage().nbytes() for slot in self._state_slots(name))
         return held
 
+    def parked(self) -> dict[str, torch.Tensor]:
+        """
+        Copies of what is parked, rank-major: {"lora_A": (capacity − R, K), "lora_B": (capacity − R, N), "lora_A.exp_avg": …};
+        empty if nothing is. With the factors and the optimizer's own state this is all that a pair holds.
+        """
+        found = {}
+        for name in FACTORS:
+            for slot in (self._data_slot(name), *self._state_slots(name)):
+                if slot.store.shape[0] > self.rank:
+                    key = name if slot.key is None else f"{name}.{slot.key}"
+                    found[key] = slot.store[self.rank :].clone()
+        found.update({f"{name}.{key}": rows for (name, key), rows in self._waiting.items()})
+        return found
+
+    def check_parked(self, parked: dict[str, torch.Tensor]) -> None:
+        """Raises: ValueError if `parked` is not what `parked()` returns for a pair of these sizes."""
+        if parked and not {*FACTORS} <= parked.keys():
+            raise ValueError(f"parked rows must hold {FACTORS[0]} and {FACTORS[1]}, got {sorted(parked)}")
+        for key, rows in parked.items():
+            name = key.split(".")[0]
+            expected = (parked[FACTORS[0]].shape[0], self._stores[name].shape[1]) if name in FACTORS else None
+            if tuple(rows.shape) != expected:
+                raise ValueError(f"parked rows of {key} must have shape {expected}, got {tuple(rows.shape)}")
+
+    def park(self, parked: dict[str, torch.Tensor]) -> None:
+        """
+        Put rows from `parked()` behind the active ones, in the place of whatever was there. The state among them goes to the tracked
+        optimizers, or to the next one that is.  Raises: as `check_parked`; nothing has changed then.
+        """
+        self.check_parked(parked)
+        for name in FACTORS:
+            rows = _rows(name, getattr(self, name).data)
+            self._stores[name] = torch.cat([rows, parked[name].to(rows)]) if parked else rows
+            getattr(self, name).data = _rows(name, self._stores[name][: self.rank])
+        states = {tuple(key.split(".", 1)): rows for key, rows in parked.items() if key not in FACTORS}
+        for stores in self._tracked.values():
+            stores.clear()
+            stores.update({key: self._behind_active(rows) for key, rows in states.items()})
+        self._waiting = {} if self._tracked else states
+
+    def _behind_active(self, parked: torch.Tensor) -> torch.Tensor:
+        """A store whose active rows are the optimizer's own, wherever it keeps them."""
+        return torch.cat([parked.new_zeros(self.rank, parked.shape[1]), parked])
+
     def _apply(self, fn, recurse=True):
         stores = {name: self._data_slot(name).store for name in FACTORS}
         super()._apply(fn, recurse)
@@ -284,17 +341,25 @@ class RankedPair(nn.Module):
             self._stores[name] = store
             getattr(self, name).data = _rows(name, store[: self.rank])
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{_PARKED}{key}": rows for key, rows in self.parked().items()})
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        start = prefix + _PARKED
+        parked = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict) if key.startswith(start)}
         incoming = state_dict.get(prefix + "lora_A")
         fits = isinstance(incoming, torch.Tensor) and incoming.shape[1:] == self.lora_A.shape[1:]
         if fits and incoming.shape[0] != self.rank:
-            # Vectors that were parked belong to the values that are replaced here.
             self.plan(incoming.shape[0], compact=True).commit()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if fits and (parked or self.capacity > self.rank):
+            # What was parked belonged to the values that are replaced here.
+            self.park(parked)
 
     def __getstate__(self):
         # Copies and pickles take the factors and the parked rows; an optimizer belongs to the original.
-        return {**self.__dict__, "_tracked": None}
+        return {**self.__dict__, "_tracked": None, "_waiting": {}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -317,6 +382,8 @@ def commit_ranks(pairs: dict[str, RankedPair], ranks: dict[str, int], *, compact
     """
     plans = []
     for name, rank in ranks.items():
+        if rank == pairs[name].rank and not compact:
+            continue
         try:
             plans.append(pairs[name].plan(rank, compact=compact, generator=generator))
         except (TypeError, ValueError) as error:

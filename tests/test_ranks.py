@@ -426,13 +426,81 @@ def test_moving_the_module_takes_the_parked_rows_along():
 
 def test_assigned_parameters_are_noticed():
     pair = make_pair()
-    full = snapshot(pair)
     pair.narrow(2)
     state = {name: torch.randn(value.shape, dtype=value.dtype) for name, value in pair.state_dict().items()}
     pair.load_state_dict(state, assign=True)
     pair.grow(6)
     assert torch.equal(pair.lora_A[:2], state["lora_A"]) and torch.equal(pair.lora_B[:, :2], state["lora_B"])
-    assert torch.equal(pair.lora_A[2:], full["lora_A", "data"][2:])
+    assert torch.equal(pair.lora_A[2:], state["parked.lora_A"])
+    assert torch.equal(pair.lora_B.t()[2:], state["parked.lora_B"])
+
+
+def test_a_state_dict_takes_parked_rows_and_their_state_along():
+    """What was parked comes back bit for bit, whether the optimizer is tracked before the state is loaded or after it."""
+    pair, optimizer = make_trained()
+    pair.narrow(2)
+    train_step(pair, optimizer)
+    state, saved = copy.deepcopy(pair.state_dict()), copy.deepcopy(optimizer.state_dict())
+    assert {"parked.lora_A", "parked.lora_B.exp_avg", "parked.lora_A.exp_avg_sq"} <= state.keys()
+    pair.grow(5)
+    expected = snapshot(pair, optimizer)
+    for track_first in (True, False):
+        other = make_pair(2, seed=9)
+        resumed = OPTIMIZERS["adamw"](list(other.parameters()))
+        if track_first:
+            other.track(resumed)
+        other.load_state_dict(copy.deepcopy(state))
+        resumed.load_state_dict(copy.deepcopy(saved))
+        if not track_first:
+            assert other.state_dict().keys() == state.keys()
+            other.track(resumed)
+        assert other.rank == 2 and other.capacity == 6
+        other.grow(5)
+        assert_rows_equal(snapshot(other, resumed), expected, slice(None))
+        train_step(other, resumed)
+
+
+def test_a_state_dict_without_parked_rows_leaves_none():
+    pair = make_pair()
+    pair.narrow(2)
+    state = {name: value for name, value in pair.state_dict().items() if not name.startswith("parked.")}
+    pair.load_state_dict(state)
+    assert pair.rank == pair.capacity == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda parked: parked.pop("lora_B"), "must hold lora_A and lora_B, got .'lora_A', 'lora_A.exp_avg'"),
+        (lambda parked: parked.update(lora_B=torch.zeros(3, N)), r"of lora_B must have shape \(4, 5\), got \(3, 5\)"),
+        (lambda parked: parked.update(other=torch.zeros(4, N)), r"of other must have shape None, got \(4, 5\)"),
+    ],
+)
+def test_parked_rows_that_do_not_fit_change_nothing(spoil, text):
+    pair, optimizer = make_trained()
+    pair.narrow(2)
+    before, parked = pair.parked(), pair.parked()
+    spoil(parked)
+    with pytest.raises(ValueError, match=text):
+        pair.park(parked)
+    assert all(torch.equal(rows, before[key]) for key, rows in pair.parked().items())
+
+
+def test_state_grows_to_the_capacity_at_once():
+    """An optimizer makes state for the active rows alone; the first step up gives it room, and later ones move nothing."""
+    pair = make_pair(1, capacity=6)
+    optimizer = torch.optim.AdamW(pair.parameters(), lr=0.1)
+    pair.track(optimizer)
+    train_step(pair, optimizer)
+    first = snapshot(pair, optimizer)
+    pair.grow(2)
+    addresses = [optimizer.state[p][key].data_ptr() for p in pair.parameters() for key in ("exp_avg", "exp_avg_sq")]
+    assert_rows_equal({key: value[:1] for key, value in snapshot(pair, optimizer).items()}, first, slice(None))
+    train_step(pair, optimizer)
+    for rank in (3, 6, 1, 4):
+        pair.plan(rank).commit()
+        found = [optimizer.state[p][key].data_ptr() for p in pair.parameters() for key in ("exp_avg", "exp_avg_sq")]
+        assert found == addresses
 
 
 @pytest.mark.parametrize("rank", [0, 2, 9])

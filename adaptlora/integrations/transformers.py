@@ -42,7 +42,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
             self._restore(state.stateful_callbacks)
         method = self.adapter.method
         last = method.t + state.max_steps - state.global_step
-        if method.needs_optimizer() and method.t_c is not None and method.t_c >= last:
+        if method.awaits_clip() and method.t_c is not None and method.t_c >= last:
             raise ValueError(
                 f"Trainer: t_c must be less than the {last} steps that the method will have seen, got {method.t_c}"
             )
@@ -95,7 +95,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             file = Path(state.best_model_checkpoint) / "trainer_state.json"
             self._restore(json.loads(file.read_text(encoding="utf-8"))["stateful_callbacks"])
-        if self.adapter.method.needs_optimizer():
+        if self.adapter.method.awaits_clip():
             warnings.warn(
                 f"the ranks were not changed in {self.adapter.method.t} steps (phase: {self.adapter.method.phase}); "
                 "set t_p and t_c, or max_steps for an adaptive schedule",

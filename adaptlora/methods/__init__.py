@@ -1,15 +1,12 @@
 """What decides the ranks while a model trains."""
 
 from ..config import LoraConfig, NormALConfig
-from .base import FixedRank, Method
+from .base import Attachment, Method
 from .normal import NormAL
 
-METHODS = {LoraConfig: FixedRank, NormALConfig: NormAL}
+__all__ = ["METHODS", "Attachment", "Method", "check_config"]
 
-
-def method_for(config, layers) -> Method:
-    """The method that a configuration asks for, checked against the modules it will decide about."""
-    return METHODS[type(config)](config, layers)
+METHODS = {LoraConfig: Method, NormALConfig: NormAL}
 
 
 def check_config(config) -> None:

@@ -1,82 +1,148 @@
-"""What a method is: it watches norms and losses while training and decides ranks. It never touches a kernel."""
+"""What a method is: it watches norms, gradients and losses while training and decides ranks. It never touches a kernel."""
 
-from typing import Protocol
+import dataclasses
+from abc import ABC
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ..nn import LoraLinear
+from ..targets import pattern_value
 
 
-class Method(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Attachment:
     """
-    `Adapter` calls, once per optimizer step and in this order: `penalty` (zero or more times before the backward pass), then
-    `step` after the optimizer's step. A method that raises in `step` has changed nothing of its own state that
-    `state_dict` does not hold: the adapter restores it.
+    What `attach` gives a method to build its layers from.
+
+    targets: {module name: frozen linear}, in the model's order.   model: with the targets still in it.
+    calibration: a batch for methods that look at activations, or None.   progress: called with (modules done, modules in all).
     """
 
-    t: int
-    t_p: int | None
-    t_c: int | None
-    phase: str
+    model: nn.Module
+    targets: dict[str, nn.Module]
+    calibration: object = None
+    progress: Callable[[int, int], object] | None = None
+
+
+class Method(ABC):  # noqa: B024 - plain LoRA is what is left when nothing is overridden
+    """
+    A method of adapting ranks, and plain LoRA where nothing is overridden.
+
+    `attach` calls `build`, the constructor, and `begin` once the layers are on the model. `Adapter` then calls, in each optimizer step
+    and in this order: `penalty` (zero or more times before the backward pass), `before_optimizer_step` and `after_optimizer_step` (from
+    the tracked optimizer), `step`. A method that raises in `step` has changed nothing of its own state that `state_dict` does not
+    hold: the adapter restores it.
+
+    Attributes: t: optimizer steps made.   t_p, t_c: steps at which a penalty ends and ranks are clipped, where there are such.
+        phase: one word for reports.
+    """
+
+    t_p: int | None = None
+    t_c: int | None = None
+    phase = "fixed"
+
+    def __init__(self, config, layers: dict[str, nn.Module]):
+        """Raises: ValueError (a configuration that does not fit these modules)."""
+        self.config = config
+        self.layers = layers
+        self.t = 0
+
+    @classmethod
+    def build(cls, config, attachment: Attachment) -> dict[str, nn.Module]:
+        """The layer for every target; the model and its linears stay as they are.  Raises: ValueError, TypeError."""
+        generator = torch.Generator().manual_seed(config.seed)
+        layers = {}
+        for name, module in attachment.targets.items():
+            r, scaling = cls.rank_and_scaling(config, name)
+            layers[name] = LoraLinear(
+                module,
+                cls.first_rank(config, r),
+                capacity=r,
+                scaling=scaling,
+                dropout_p=config.lora_dropout,
+                generator=generator,
+            )
+        return layers
+
+    @staticmethod
+    def rank_and_scaling(config, name: str) -> tuple[int, float]:
+        r = pattern_value(config.rank_pattern, name, config.r)
+        return r, config.scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha))
+
+    @staticmethod
+    def first_rank(config, r: int) -> int:
+        """The active rank at the start of a module whose largest rank is r."""
+        return r
+
+    def begin(self) -> None:
+        """The layers are on the model.  Raises: whatever fails, and then nothing has changed."""
+
+    def end(self) -> None:
+        """The layers are taken off the model: its linears must be what they were before `begin`."""
 
     def needs_optimizer(self) -> bool:
         """Whether this or a later `step` shrinks vectors or changes ranks, and so needs a tracked optimizer."""
+        return False
 
-    def may_change_ranks(self) -> bool:
-        """Whether the next `step` may return new ranks."""
+    def awaits_clip(self) -> bool:
+        """Whether the rank change that the configuration asks for is still to come."""
+        return False
+
+    def writes_before_change(self) -> bool:
+        """Whether the next `step` writes to factors and may then change ranks: what the adapter must be able to undo."""
+        return False
 
     def needs_loss(self) -> bool:
         """Whether the next `step` decides by the task loss."""
+        return False
 
     def penalty(self) -> torch.Tensor | None:
         """Term to add to the task loss now, a 0-dim tensor with gradient; None for nothing."""
+        return None
+
+    def before_optimizer_step(self) -> None:
+        """A tracked optimizer is about to use the gradients."""
+
+    def after_optimizer_step(self) -> None:
+        """A tracked optimizer has changed the factors."""
 
     def step(self, loss: float | None, optimizers: list[torch.optim.Optimizer]) -> dict[str, int] | None:
         """Advance by one optimizer step; the new rank of every module if ranks change now, else None."""
+        self.t += 1
+        return None
+
+    def changed(self, ranks: dict[str, int]) -> None:
+        """The ranks that `step` returned are in force."""
+
+    @property
+    def parks(self) -> bool:
+        """Whether vectors that a rank change takes out may come back."""
+        return False
+
+    def compacted(self) -> None:
+        """What was parked is gone for good: ranks stay what they are from now on."""
 
     def start_from(self, ranks: dict[str, int]) -> None:
         """The modules were given other ranks from outside (a file).  Raises: ValueError (they do not suit the configuration)."""
 
-    def scaling(self, name: str, layer: LoraLinear, rank: int) -> float:
+    def scaling(self, name: str, layer: nn.Module, rank: int) -> float:
         """The module's scaling after a change to `rank`."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-
-class FixedRank:
-    """Plain LoRA as a method: nothing is penalised and no rank changes."""
-
-    phase = "fixed"
-    t_p = t_c = None
-
-    def __init__(self, config, layers: dict[str, LoraLinear]):
-        self.t = 0
-
-    def needs_optimizer(self) -> bool:
-        return False
-
-    def may_change_ranks(self) -> bool:
-        return False
-
-    def needs_loss(self) -> bool:
-        return False
-
-    def start_from(self, ranks) -> None:
-        """Any ranks will do."""
-
-    def penalty(self) -> None:
-        return None
-
-    def step(self, loss, optimizers) -> None:
-        self.t += 1
-
-    def scaling(self, name, layer, rank) -> float:
         return layer.scaling
 
+    def history(self) -> dict | None:
+        """What ranks there were over the steps, as JSON; None if they change once at most."""
+        return None
+
     def state_dict(self) -> dict:
+        """JSON: numbers, strings, lists and dicts of them."""
         return {"t": self.t}
 
+    def step_state(self) -> dict:
+        """The part of `state_dict` that `step` changes: `load_state_dict` of it undoes a step that failed."""
+        return self.state_dict()
+
     def load_state_dict(self, state: dict) -> None:
-        self.t = state["t"]
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -8,6 +8,7 @@ import torch
 from ..config import NormALConfig
 from ..nn import LoraLinear
 from ..ops import rank_norms, rank_penalty, rank_shrink_
+from .base import Method
 
 
 def scores(norms_A: list[float], norms_B: list[float]) -> list[float]:
@@ -59,19 +60,17 @@ def threshold_ranks(module_scores: list[list[float]], threshold: float, first_be
     return ranks
 
 
-class NormAL:
+class NormAL(Method):
     """The method while it trains; `config` is checked against the modules here.  Raises: ValueError (budget out of range)."""
 
     def __init__(self, config: NormALConfig, layers: dict[str, LoraLinear]):
-        self.config = config
-        self.layers = layers
+        super().__init__(config, layers)
         self.full_ranks: dict[str, int] = {}
         self.budget = config.budget
         if config.target_r is not None:
             self.budget = round(config.target_r * len(layers))
         self.clipped = False
         self.start_from({name: layer.rank for name, layer in layers.items()})
-        self.t = 0
         self.t_p, self.t_c = config.t_p, config.t_c
         self.change: float | None = None  # smoothed |L_t − L_{t−1}|
         self.last_loss: float | None = None
@@ -95,9 +94,12 @@ class NormAL:
     def needs_optimizer(self) -> bool:
         return not self.clipped
 
-    def may_change_ranks(self) -> bool:
+    def awaits_clip(self) -> bool:
+        return not self.clipped
+
+    def writes_before_change(self) -> bool:
         adaptive = self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps
-        return not self.clipped and (adaptive or self.t + 1 == self.t_c)
+        return self._shrinks() and (adaptive or self.t + 1 == self.t_c)
 
     def start_from(self, ranks: dict[str, int]) -> None:
         if self.budget is not None and not self.clipped:
@@ -186,7 +188,3 @@ class NormAL:
     def state_dict(self) -> dict:
         names = ("t", "t_p", "t_c", "clipped", "change", "last_loss", "full_ranks")
         return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
