@@ -2,7 +2,7 @@
 
 from . import nn, ops
 from .adapter import Adapter, RankChange, attach, load
-from .config import LoraConfig, NormALConfig
+from .config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
 from .ranks import RankedPair
 from .shear import (
@@ -21,7 +21,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "DropConfig",
+    "LaLoRAConfig",
     "LoraConfig",
+    "NoRAConfig",
     "NoRMConfig",
     "NormALConfig",
     "RandomConfig",

@@ -102,6 +102,15 @@ def load(model: nn.Module, path) -> "Adapter":
     return adapter
 
 
+def _unwrapped(optimizer):
+    """The optimizer that makes the steps: wrappers, accelerate's among them, may be optimizers by class and hold another one."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        if isinstance(optimizer, torch.optim.Optimizer) and optimizer.param_groups is not inner.param_groups:
+            break
+        optimizer = inner
+    return optimizer
+
+
 def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
     """Tell a method that looks at gradients or composes factors when the optimizer steps; the optimizer does not keep it alive."""
     reference = weakref.ref(method)
@@ -140,6 +149,7 @@ class Adapter:
         self._unmerged: dict[str, nn.Parameter] | None = None
         self._attached = True
         self._watched = weakref.WeakSet()
+        self._seen: set[tuple] | None = None
         self._fused: dict[nn.Module, int] = {}
         _set_fused_encoders(model, layers, self._fused)
 
@@ -168,8 +178,7 @@ class Adapter:
             optimizer: torch optimizer (or a wrapper with `.optimizer`, as accelerate's) over `parameters()`. Held weakly.
         Raises: TypeError (no optimizer), ValueError (it holds none of the adapter's factors).
         """
-        while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
+        optimizer = _unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not {id(p) for p in self.factors()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
@@ -252,17 +261,24 @@ class Adapter:
         return value
 
     def _tracked_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = {id(o): o for layer in self.layers.values() for o in layer.pair.optimizers}
-        held = {id(p) for o in optimizers.values() for group in o.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            for factor in FACTORS:
-                if id(getattr(layer, factor)) not in held:
-                    raise ValueError(
-                        f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
-                        f"got none for {name}.{factor}"
-                    )
-            layer.pair.check_states()
-        return list(optimizers.values())
+        """
+        Those tracked, seen to hold every factor and no state that could not follow a rank change. Seen once: again only when another
+        optimizer is tracked or one has other parameters or state than it had.
+        """
+        optimizers = list(self._watched)
+        seen = {(id(o), len(o.state), *(len(group["params"]) for group in o.param_groups)) for o in optimizers}
+        if seen != self._seen:
+            held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+            for name, layer in self.layers.items():
+                for factor in FACTORS:
+                    if id(getattr(layer, factor)) not in held:
+                        raise ValueError(
+                            f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
+                            f"got none for {name}.{factor}"
+                        )
+                layer.pair.check_states()
+            self._seen = seen
+        return optimizers
 
     def callback(self):
         """A transformers TrainerCallback that does all of the above inside `Trainer`: Trainer(…, callbacks=[adapter.callback()])."""

@@ -177,3 +177,86 @@ class NormALConfig(LoraConfig):
             _require(_is_int(self.budget) and self.budget > 0, self, "budget", "must be an integer > 0")
         if self.threshold is not None:
             _require(_is_number(self.threshold) and 0 <= self.threshold < 1, self, "threshold", "must be in [0, 1)")
+
+
+@dataclasses.dataclass
+class LaLoRAConfig(LoraConfig):
+    """
+    La-LoRA: ranks that start at 1 and grow with a budget, shared out over groups of modules every `interval` steps.  [La-LoRA, Eq. 5–10]
+
+    `r` is the largest rank, and lora_alpha / r the scaling at every rank.
+
+    Args:
+        gamma: γ ≥ 0 of the budget, D ← clip(D · (1 + γ · mean growth), number of groups, all largest ranks).
+        interval: optimizer steps from one allocation to the next.
+        group_by: "block": the modules of a transformer block share one rank, modules outside any block stand alone; "module".
+        temperature: > 0; shares are softmax(contribution / temperature).
+        fidelity: "truncation": factors ‖X_{|r_i}‖ / ‖X‖ of the same step; "previous": ‖X_{|r_i}‖ of the last allocation's step over
+            ‖X‖, Eq. 10 as printed; "off": 1.
+        growth: "current": norms of both steps at today's rank; "own": each step's at the rank that it had.
+        contribution: "norm" (Eq. 9), or "fisher": the squared gradients of the active vectors, smoothed over steps.
+        ema: α of that smoothing, in [0, 1).
+    """
+
+    gamma: float = 1.0
+    interval: int = 1
+    group_by: str = "block"
+    temperature: float = 1.0
+    fidelity: str = "truncation"
+    growth: str = "current"
+    contribution: str = "norm"
+    ema: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(_is_number(self.gamma) and self.gamma >= 0, self, "gamma", "must be a number ≥ 0")
+        _require(_is_int(self.interval) and self.interval > 0, self, "interval", "must be an integer > 0")
+        _require(_is_number(self.temperature) and self.temperature > 0, self, "temperature", "must be a number > 0")
+        _require(_is_number(self.ema) and 0 <= self.ema < 1, self, "ema", "must be in [0, 1)")
+        choices = {
+            "group_by": ("block", "module"),
+            "fidelity": ("truncation", "previous", "off"),
+            "growth": ("current", "own"),
+            "contribution": ("norm", "fisher"),
+        }
+        for field, values in choices.items():
+            _require(getattr(self, field) in values, self, field, f"must be one of {', '.join(values)}")
+
+
+@dataclasses.dataclass
+class NoRAConfig(LoraConfig):
+    """
+    NoRA: an inner pair of rank `r` trained between frozen outer factors of rank `r_out`, taken from the weight itself.  [NoRA]
+
+    ΔW = lora_alpha / r · U B' A' Vᵀ, with W ≈ U Σ Vᵀ; 2 · r_out · r trained parameters a module.
+
+    Args:
+        r: r_in, rank of the inner pair.
+        r_out: rank of the outer factors, ≥ r; a module with fewer rows or columns has as many as those.
+        inner_init: "sigma": B'A' = diag(σ_1 … σ_r, 0 …); "kaiming": A' uniform, B' zero; "orthogonal": A' of orthonormal rows, B' zero.
+        residual: with "sigma", take ΔW at the start out of the base weight, so that the model's output is unchanged.
+        outer: "weight": factors of W; "activation": of W diag(d), undone afterwards, d_k = mean over tokens of |x_k|^activation_power,
+            from the batch given to `attach(..., calibration=batch)`.
+        activation_power: > 0.
+        keep_original: keep the base weights as they were beside the ones without ΔW, so that `detach` is exact; False saves their memory,
+            and `detach` adds ΔW back with a rounding error.
+    """
+
+    r: int = 16
+    r_out: int = 256
+    inner_init: str = "sigma"
+    residual: bool = True
+    outer: str = "weight"
+    activation_power: float = 0.5
+    keep_original: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(_is_int(self.r_out) and self.r_out >= self.r, self, "r_out", f"must be an integer ≥ r={self.r}")
+        inits = ("sigma", "kaiming", "orthogonal")
+        _require(self.inner_init in inits, self, "inner_init", f"must be one of {', '.join(inits)}")
+        _require(self.outer in ("weight", "activation"), self, "outer", 'must be "weight" or "activation"')
+        positive = _is_number(self.activation_power) and self.activation_power > 0
+        _require(positive, self, "activation_power", "must be a number > 0")
+        for field in ("residual", "keep_original"):
+            _require(isinstance(getattr(self, field), bool), self, field, "must be True or False")

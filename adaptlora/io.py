@@ -1,6 +1,7 @@
 """An Adapter's files: a PEFT folder out, and back into the modules of a model.  [PEFT's checkpoint format]"""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -146,6 +147,9 @@ def _task_type(adapter) -> str | None:
     return next((kind for suffix, kind in kinds.items() if type(adapter.model).__name__.endswith(suffix)), None)
 
 
+HISTORY_FILE = "rank_history.json"
+
+
 def write(adapter, path) -> None:
     """Write an Adapter as a PEFT adapter folder; see `Adapter.save`."""
     tensors = {}
@@ -157,3 +161,7 @@ def write(adapter, path) -> None:
         tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
     peft.write_folder(Path(path), _peft_config(adapter), tensors, {})
+    history = adapter.method.history()
+    if history is not None:
+        with atomic_file(Path(path) / HISTORY_FILE) as temporary:
+            temporary.write_text(json.dumps(history) + "\n", encoding="utf-8")

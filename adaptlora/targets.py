@@ -29,6 +29,22 @@ def pattern_value(pattern: dict, name: str, default):
     return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
 
 
+_BLOCKS = re.compile(r"(?:.*\.)?blocks?\.\d+(?=\.)")
+_LAYERS = re.compile(r"(?:.*?\.)?(?:layers?|h|resblocks)\.\d+(?=\.)")
+_NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
+
+
+def block_of(name: str) -> str:
+    """
+    Path of the transformer block that a module lies in, or its own name outside any.
+
+    The number behind the last "block" or "blocks", else behind the first "layer", "layers", "h" or "resblocks", else the first one: T5
+    numbers layers within its blocks, Swin blocks within its layers, and a wrapper may number the model itself.
+    """
+    found = next(filter(None, (rule.match(name) for rule in (_BLOCKS, _LAYERS, _NUMBERED))), None)
+    return found[0] if found else name
+
+
 def _output_heads(model: nn.Module) -> set[nn.Module]:
     """The modules that "all-linear" leaves out: the output embedding, and heads by their customary names."""
     heads = {getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)}

@@ -214,7 +214,9 @@ def test_peft_models_and_peft_configurations_are_refused():
     import peft
 
     config = peft.LoraConfig(target_modules=["first"])
-    with pytest.raises(TypeError, match="config must be one of adaptlora's LoraConfig, NormALConfig, got peft"):
+    with pytest.raises(
+        TypeError, match="config must be one of adaptlora's LoraConfig, NormALConfig, LaLoRAConfig, got peft"
+    ):
         adaptlora.attach(Net(), config)
     with pytest.raises(ValueError, match="model must not be adapted already; 'base_model.model.first' is a Linear"):
         adaptlora.attach(peft.get_peft_model(Net(), config), lora(target_modules=["second"]))

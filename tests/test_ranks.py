@@ -477,7 +477,7 @@ def test_a_state_dict_without_parked_rows_leaves_none():
     ],
 )
 def test_parked_rows_that_do_not_fit_change_nothing(spoil, text):
-    pair, optimizer = make_trained()
+    pair, _ = make_trained()
     pair.narrow(2)
     before, parked = pair.parked(), pair.parked()
     spoil(parked)

@@ -7,7 +7,8 @@ from models import Net, tiny_bert
 from torch import nn
 
 import adaptlora
-from adaptlora.targets import find_targets, matches_pattern, pattern_value
+from adaptlora.nn import is_linear
+from adaptlora.targets import block_of, find_targets, matches_pattern, pattern_value
 
 SPECS = [
     "all-linear",
@@ -132,3 +133,70 @@ def test_a_base_that_cannot_be_adapted_leaves_the_model_alone():
     with pytest.raises(TypeError, match="base_layer.weight must be floating-point, got torch.int8"):
         adaptlora.attach(model, config(target_modules=["0", "1"]))
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+# Blocks
+
+ARCHITECTURES = {
+    "Bert": "encoder.layer.{}",
+    "Roberta": "encoder.layer.{}",
+    "DebertaV2": "encoder.layer.{}",
+    "T5": "encoder.block.{}, decoder.block.{}",
+    "Bart": "encoder.layers.{}, decoder.layers.{}",
+    "Llama": "layers.{}",
+    "Mistral": "layers.{}",
+    "Qwen2": "layers.{}",
+    "ViT": "layers.{}",
+    "CLIP": "text_model.encoder.layers.{}, vision_model.encoder.layers.{}",
+    "GPT2": "h.{}",
+    "Swin": "encoder.layers.{}.blocks.0",
+}
+
+
+def tiny(architecture):
+    """A model of that architecture with two blocks in each stack, without weights."""
+    import transformers
+
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 32,
+    }
+    others = {
+        "T5": {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 16, "d_kv": 8, "vocab_size": 32},
+        "Bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "vocab_size": 32},
+        "Mistral": small | {"num_key_value_heads": 2},
+        "Qwen2": small | {"num_key_value_heads": 2},
+        "CLIP": {"text_config": small | {"projection_dim": 8}, "vision_config": small | {"projection_dim": 8}},
+        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32},
+        "Swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]},
+    }
+    config = getattr(transformers, f"{architecture}Config")(**others.get(architecture, small))
+    with torch.device("meta"):
+        return getattr(transformers, f"{architecture}Model")(config)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_block_of_every_linear_module(architecture):
+    model = tiny(architecture)
+    blocks = {pattern.format(i) for pattern in ARCHITECTURES[architecture].split(", ") for i in (0, 1)}
+    found = {}
+    for name, module in model.named_modules():
+        if name and is_linear(module):
+            found.setdefault(block_of(name), []).append(name)
+    assert blocks <= found.keys(), sorted(found)
+    for group, members in found.items():
+        if group in blocks:
+            assert len(members) >= 4 and all(member.startswith(f"{group}.") for member in members)
+        else:  # poolers, projections, patch merging: not in a block of attention and feed-forward
+            assert len(members) == 1
+
+
+def test_blocks_within_wrappers():
+    assert block_of("0.auto_model.encoder.layer.3.attention.self.query") == "0.auto_model.encoder.layer.3"
+    assert block_of("base_model.model.model.layers.11.mlp.experts.5.w1") == "base_model.model.model.layers.11"
+    assert block_of("decoder.block.1.layer.2.DenseReluDense.wi") == "decoder.block.1"
+    assert block_of("stages.2.attention.q") == "stages.2"
+    assert block_of("classifier") == "classifier" and block_of("layer") == "layer" and block_of("layer.0") == "layer.0"

@@ -186,3 +186,39 @@ def test_mixed_precision(tmp_path):
     run_trainer(adapter, tmp_path, bf16=True)
     assert adapter.method.phase == "clipped"
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in adapter.parameters())
+
+
+# La-LoRA: ranks change in every step
+
+
+def make_lalora(**fields):
+    base = {"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "modules_to_save": ["classifier"], "gamma": 8.0}
+    return adaptlora.attach(tiny_bert().double(), adaptlora.LaLoRAConfig(**base | fields))
+
+
+@pytest.mark.parametrize("contribution", ["norm", "fisher"])
+def test_lalora_by_trainer_equals_the_raw_loop(contribution, tmp_path):
+    by_trainer, by_hand = make_lalora(contribution=contribution), make_lalora(contribution=contribution)
+    run_trainer(by_trainer, tmp_path, 2)
+    run_raw(by_hand, 2)
+    assert by_trainer.ranks() == by_hand.ranks() and set(by_hand.ranks().values()) != {1}
+    for mine, expected in zip(by_trainer.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("contribution", ["norm", "fisher"])
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resuming_lalora_equals_an_uninterrupted_run(stop, contribution, tmp_path):
+    """Parked vectors and their optimizer state come back with the model's checkpoint; ranks go up and down after it."""
+    fields = {"contribution": contribution, "fidelity": "previous", "temperature": 0.05}
+    whole, resumed = make_lalora(**fields), make_lalora(**fields)
+    run_trainer(whole, tmp_path, save_strategy="steps", save_steps=1)
+    assert any(rank < 6 for rank in whole.ranks().values())
+    run_trainer(resumed, tmp_path / "again", resume=tmp_path / f"checkpoint-{stop}")
+    assert resumed.ranks() == whole.ranks() and resumed.method.state_dict() == whole.method.state_dict()
+    for mine, expected in zip(resumed.layers.values(), whole.layers.values(), strict=True):
+        assert all(map(torch.equal, mine.pair.whole(), expected.pair.whole()))
+        theirs = expected.pair.parked()
+        assert all(torch.equal(rows, theirs[key]) for key, rows in mine.pair.parked().items())
+    for mine, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, expected)

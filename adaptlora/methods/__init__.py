@@ -1,12 +1,13 @@
 """What decides the ranks while a model trains."""
 
-from ..config import LoraConfig, NormALConfig
+from ..config import LaLoRAConfig, LoraConfig, NormALConfig
 from .base import Attachment, Method
+from .lalora import LaLoRA
 from .normal import NormAL
 
 __all__ = ["METHODS", "Attachment", "Method", "check_config"]
 
-METHODS = {LoraConfig: Method, NormALConfig: NormAL}
+METHODS = {LoraConfig: Method, NormALConfig: NormAL, LaLoRAConfig: LaLoRA}
 
 
 def check_config(config) -> None:

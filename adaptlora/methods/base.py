@@ -1,7 +1,6 @@
 """What a method is: it watches norms, gradients and losses while training and decides ranks. It never touches a kernel."""
 
 import dataclasses
-from abc import ABC
 from collections.abc import Callable
 
 import torch
@@ -26,7 +25,7 @@ class Attachment:
     progress: Callable[[int, int], object] | None = None
 
 
-class Method(ABC):  # noqa: B024 - plain LoRA is what is left when nothing is overridden
+class Method:
     """
     A method of adapting ranks, and plain LoRA where nothing is overridden.
 
