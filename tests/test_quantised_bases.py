@@ -22,6 +22,16 @@ def bitsandbytes_nf4(linear):
     return base, bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
 
 
+def bitsandbytes_int8(linear):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = bitsandbytes.nn.Linear8bitLt(K, N, has_fp16_weights=False)
+    base.load_state_dict(linear.state_dict())
+    base.bias.data = linear.bias.data
+    base = base.to("cpu")  # the move quantises
+    assert base.weight.dtype == torch.int8
+    return base, bitsandbytes.functional.int8_vectorwise_dequant(base.weight.data, base.weight.SCB)
+
+
 def torchao(linear, config):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     holder = torch.nn.Sequential(linear)

@@ -1,6 +1,19 @@
 """Drop-in layers."""
 
+from .frozen import dequantised_weight, is_conv1d, is_linear, is_quantised, linear_shape
 from .lora_group import LoraGroup
-from .lora_linear import LoraLinear, is_linear, linear_shape
+from .lora_linear import LoraLinear
+from .nora_linear import NoRALinear, Outer, nora_serial_ref
 
-__all__ = ["LoraGroup", "LoraLinear", "is_linear", "linear_shape"]
+__all__ = [
+    "LoraGroup",
+    "LoraLinear",
+    "NoRALinear",
+    "Outer",
+    "dequantised_weight",
+    "is_conv1d",
+    "is_linear",
+    "is_quantised",
+    "linear_shape",
+    "nora_serial_ref",
+]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..ops import lora_group
+from .frozen import is_quantised
 from .lora_linear import LoraLinear
 
 
@@ -25,7 +26,8 @@ class LoraGroup(nn.Module):
         layers: LoraLinear modules of one in_features, dtype, device and dropout_p. They stay what they are: parameters are
             theirs, so that a change of a layer's rank holds here too, and each can still be called alone.
     forward(x (..., K)) returns the list of y_i (..., N_i). Dropout draws what the layers would draw, called one after the other.
-    Raises: TypeError (a layer of another kind or dtype), ValueError (no layer; in_features, device or dropout_p that differ).
+    Raises: TypeError (a layer of another kind or dtype, or over a quantised base), ValueError (no layer; in_features, device or dropout_p
+        that differ).
     """
 
     def __init__(self, layers):
@@ -36,6 +38,8 @@ class LoraGroup(nn.Module):
         for i, layer in enumerate(layers):
             if not isinstance(layer, LoraLinear):
                 raise TypeError(f"LoraGroup: layer {i} must be a LoraLinear, got {type(layer).__name__}")
+            if is_quantised(layer.base_layer):
+                raise TypeError(f"LoraGroup: layer {i} must have a plain base, got a quantised one: call it alone")
             for name, value in _shared(layer).items():
                 expected = _shared(layers[0])[name]
                 if value != expected:
