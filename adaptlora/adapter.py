@@ -8,10 +8,10 @@ import weakref
 import torch
 from torch import nn
 
-from . import io
+from . import io, nora_files
 from .config import LoraConfig
 from .methods import METHODS, Attachment, Method, check_config
-from .nn import LoraLinear
+from .nn import LoraLinear, Outer
 from .ranks import FACTORS, commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
 
@@ -51,8 +51,13 @@ def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=N
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
         progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
-    Raises: ValueError or TypeError (targets, patterns, budget, a model adapted already); the model is unchanged then.
+    Raises: ValueError or TypeError (targets, patterns, budget, calibration, a model adapted already); the model is unchanged then.
     """
+    return _attach(model, config, calibration=calibration, progress=progress)
+
+
+def _attach(model: nn.Module, config: LoraConfig, **options) -> "Adapter":
+    """`attach`, with a stored adapter's frozen factors among the `Attachment`'s options."""
     check_config(config)
     targets = find_targets(model, config)
     saved = find_saved(model, config)
@@ -63,7 +68,7 @@ def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=N
     required = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     kind = METHODS[type(config)]
     try:
-        layers = kind.build(config, Attachment(model, targets, calibration, progress))
+        layers = kind.build(config, Attachment(model, targets, **options))
         for name, layer in layers.items():
             layer.train(targets[name].training)
         method = kind(config, layers)
@@ -83,19 +88,21 @@ def _require_grad(model: nn.Module, required: dict[str, bool]) -> None:
         parameter.requires_grad_(required[name])
 
 
-def load(model: nn.Module, path) -> "Adapter":
+def load(model: nn.Module, path, *, progress=None) -> "Adapter":
     """
-    Put a saved PEFT LoRA adapter on `model`, each module with the rank and scaling it has in the file.
+    Put a saved adapter on `model`: PEFT's LoRA, each module with the rank and scaling it has in the file, or NoRA's own.
 
     Args:
-        path: folder with adapter_config.json and adapter_model.safetensors.
-    Returns: an Adapter with a LoraConfig: it trains on at fixed ranks, saves and merges.
-    Raises: FileNotFoundError, ValueError (a file that is damaged, unsupported, or does not fit the model).
+        path: folder with adapter_config.json and adapter_model.safetensors, or what `Adapter.save(format="nora")` wrote.
+        progress: as in `attach`.
+    Returns: an Adapter with a LoraConfig, which trains on at fixed ranks, or with NoRA's; both save and merge.
+    Raises: FileNotFoundError, ValueError (a file that is damaged, unsupported, or does not fit the model, or NoRA's for other base
+        weights); the model is unchanged then.
     """
     stored = io.read(path)
-    adapter = attach(model, stored.lora_config())
+    adapter = _attach(model, progress=progress, **stored.attach_options())
     try:
-        adapter.load(path)
+        adapter._fill(stored)
     except BaseException:
         adapter.detach()
         raise
@@ -313,31 +320,54 @@ class Adapter:
             "t": self.method.t,
             "t_p": self.method.t_p,
             "t_c": self.method.t_c,
+            **self.method.summary(),
         }
 
     # Files and state
 
-    def save(self, path) -> None:
+    def save(self, path, *, format: str = "peft", fold_residual: bool = True, save_outer: bool = False) -> None:
         """
-        Write a PEFT adapter to the folder `path`: `PeftModel.from_pretrained(base, path)` computes what this model computes.
+        Write the adapter to the folder `path`, each file under a temporary name and renamed.
 
-        Modules of rank 0 are left out. Each file is written under a temporary name and renamed.
-        Raises: ValueError (every rank is 0).
+        Args:
+            format: "peft": `PeftModel.from_pretrained(base, path)` computes what this model computes; modules of rank 0 are left out,
+                and La-LoRA's ranks over the steps lie beside it in rank_history.json. "nora": NoRA's inner factors, for `adaptlora.load`.
+            fold_residual: of "peft" and NoRA with a residual: True adds what was taken out of the base as r more rank vectors, for
+                the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
+            save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
+        Raises: ValueError (every rank is 0, another format, NoRA's for another method).
         """
-        io.write(self, path)
+        if format == "peft":
+            io.write(self, path, fold_residual=fold_residual)
+        elif format == "nora" and self.method.nested:
+            nora_files.write(self, path, save_outer=save_outer)
+        else:
+            rule = '"peft" or "nora"' if self.method.nested else '"peft"'
+            raise ValueError(f"save: format must be {rule} for {type(self.config).__name__}, got {format!r}")
 
     def load(self, path) -> None:
         """
-        Take ranks, scalings and weights from a PEFT adapter folder; a module that the file lacks gets rank 0.
+        Take ranks, scalings and weights from a PEFT adapter folder, where a module that the file lacks gets rank 0; or the inner factors
+        from a NoRA folder, whose outer factors must be those of this adapter.
 
         Raises: FileNotFoundError, ValueError (damaged, unsupported, or does not fit); nothing has changed then.
         """
         self.check_trainable("load")
-        stored = io.read(path)
-        stored.check_fits(self)
-        self._take(stored.factors, {name: stored.scaling(name) for name in stored.factors})
+        self._fill(io.read(path))
+
+    def _fill(self, stored) -> None:
+        io.check_fits(stored, self)
+        self._take(stored.factors, stored.scalings)
         for name, tensors in stored.saved.items():
             self.saved[name].load_state_dict(tensors)
+
+    def base_state_dict(self) -> dict[str, torch.Tensor]:
+        """The plain model's tensors by its own names: base weights, less what NoRA took out of them, and modules trained whole."""
+        own = {f"{name}.{key}" for name, layer in self.layers.items() for key in layer.state_dict()}
+        tensors = {key: tensor for key, tensor in self.model.state_dict().items() if key not in own}
+        for name, layer in self.layers.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.base_layer.state_dict().items()}
+        return tensors
 
     def _take(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]) -> None:
         """Checked ranks, weights and scalings from outside; a module without any gets rank 0."""
@@ -361,6 +391,10 @@ class Adapter:
         Raises: ValueError (an unknown module, a shape, ranks that the method refuses); nothing has changed then.
         """
         self.check_trainable("replace_factors")
+        if self.method.nested:
+            raise ValueError(
+                "replace_factors: the adapter must hold plain pairs, got NoRA's nested ones (save it for PEFT and load that)"
+            )
         for name, (lora_A, lora_B) in factors.items():
             if name not in self.layers:
                 raise ValueError(f"replace_factors: factors must name adapted modules, got {name!r}")
@@ -379,6 +413,7 @@ class Adapter:
         return {
             "factors": {name: {f: getattr(layer, f).detach() for f in FACTORS} for name, layer in self.layers.items()},
             "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
+            "outer": {name: layer.outer._asdict() for name, layer in self.layers.items()} if self.method.nested else {},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
             "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
             "method": self.method.state_dict(),
@@ -400,7 +435,12 @@ class Adapter:
         for name, pair in factors.items():
             io.check_pair("load_state_dict", name, pair["lora_A"], pair["lora_B"], self.layers[name])
         io.check_saved("load_state_dict", state["modules_to_save"], self.saved)
-        expected_fields = {"scalings": self.layers, "parked": self.layers, "method": self.method.state_dict()}
+        expected_fields = {
+            "scalings": self.layers,
+            "parked": self.layers,
+            "outer": self.layers if self.method.nested else {},
+            "method": self.method.state_dict(),
+        }
         for field, expected in expected_fields.items():
             if state[field].keys() != expected.keys():
                 different = sorted(state[field].keys() ^ expected.keys())
@@ -413,6 +453,8 @@ class Adapter:
             except ValueError as error:
                 raise ValueError(f"load_state_dict: {name}: {error}") from error
         self._commit({name: pair["lora_A"].shape[0] for name, pair in factors.items()}, compact=True)
+        for name, outer in state["outer"].items():
+            self.layers[name].take_outer(Outer(**outer))
         with torch.no_grad():
             for name, pair in factors.items():
                 for factor in FACTORS:

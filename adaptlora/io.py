@@ -4,23 +4,26 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
 
+from . import nora_files
 from .config import LoraConfig
 from .files import atomic_file
 from .lora_files import peft, peft_config
 
-__all__ = ["StoredAdapter", "atomic_file", "check_pair", "check_saved", "read", "write"]
+__all__ = ["StoredAdapter", "atomic_file", "check_fits", "check_pair", "check_saved", "read", "write"]
 
 
 def check_pair(op: str, name: str, lora_A, lora_B, layer) -> None:
-    """lora_A (R, K) and lora_B (N, R) for the K and N of `layer`.  Raises: ValueError."""
-    if lora_A.dim() != 2 or lora_A.shape[1] != layer.in_features:
-        raise ValueError(f"{op}: {name}: lora_A must have shape (R, {layer.in_features}), got {tuple(lora_A.shape)}")
-    if lora_B.shape != (layer.out_features, lora_A.shape[0]):
-        expected = (layer.out_features, lora_A.shape[0])
+    """lora_A (R, K) and lora_B (N, R) for the K and N of `layer`, or r_out for a nested pair.  Raises: ValueError."""
+    K, N = layer.lora_A.shape[1], layer.lora_B.shape[0]
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"{op}: {name}: lora_A must have shape (R, {K}), got {tuple(lora_A.shape)}")
+    if lora_B.shape != (N, lora_A.shape[0]):
+        expected = (N, lora_A.shape[0])
         raise ValueError(f"{op}: {name}: lora_B must have shape {expected}, got {tuple(lora_B.shape)}")
 
 
@@ -38,8 +41,11 @@ class StoredAdapter:
         """lora_alpha / r of the module, or / √r for rsLoRA."""
         return self.scalings[name]
 
+    def attach_options(self) -> dict:
+        """For `attach`: exactly the modules of the file, at their ranks."""
+        return {"config": self.lora_config()}
+
     def lora_config(self) -> LoraConfig:
-        """A configuration that attaches to exactly the modules of the file, at their ranks."""
         return LoraConfig(
             r=self.config["r"],
             lora_alpha=self.config["lora_alpha"],
@@ -54,14 +60,25 @@ class StoredAdapter:
             use_rslora=bool(self.config.get("use_rslora")),
         )
 
-    def check_fits(self, adapter) -> None:
-        """Raises: ValueError if a module of the file is not adapted, or a shape differs."""
-        op = f"load: {self.path}"
-        for name, (lora_A, lora_B) in self.factors.items():
-            if name not in adapter.layers:
-                raise ValueError(f"{op}: its modules must be adapted modules of the model, got {name!r}")
-            check_pair(op, name, lora_A, lora_B, adapter.layers[name])
-        check_saved(op, self.saved, adapter.saved)
+
+def check_fits(stored, adapter) -> None:
+    """Raises: ValueError if a module of a stored adapter is not adapted, its kind is another one, or a shape differs."""
+    op = f"load: {stored.path}"
+    nested = isinstance(stored, nora_files.StoredNoRA)
+    if nested != adapter.method.nested:
+        kinds = {True: "NoRA's own (save(format='nora'))", False: "a plain LoRA"}
+        raise ValueError(f"{op}: files for this adapter must be {kinds[adapter.method.nested]}, got {kinds[nested]}")
+    for name, (lora_A, lora_B) in stored.factors.items():
+        if name not in adapter.layers:
+            raise ValueError(f"{op}: its modules must be adapted modules of the model, got {name!r}")
+        check_pair(op, name, lora_A, lora_B, adapter.layers[name])
+    if nested:
+        for name, layer in adapter.layers.items():
+            if name not in stored.factors:
+                raise ValueError(f"{op}: its modules must be all that are adapted, got none for {name!r}")
+            stored.outer.check_weight(name, layer.weight_checksum)
+            stored.outer.check_outer(name, layer.outer)
+    check_saved(op, stored.saved, adapter.saved)
 
 
 def check_saved(op: str, found: dict[str, dict], modules: dict[str, torch.nn.Module]) -> None:
@@ -75,8 +92,10 @@ def check_saved(op: str, found: dict[str, dict], modules: dict[str, torch.nn.Mod
             raise ValueError(f"{op}: {name} must hold {expected}, got {shapes}")
 
 
-def read(path) -> StoredAdapter:
-    """Read a PEFT LoRA adapter folder.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
+def read(path) -> "StoredAdapter | nora_files.StoredNoRA":
+    """Read an adapter folder, PEFT's or NoRA's own.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
+    if nora_files.is_folder(path):
+        return nora_files.read(path)
     file = peft.read(path, "load")
     weights = file.path / peft.WEIGHTS_FILE
     if file.config.get("lora_bias"):
@@ -105,24 +124,24 @@ def _saved_key(file: Path, name: str, modules_to_save) -> tuple[str, str]:
     raise ValueError(f"load: {file}: tensors must be lora_A, lora_B or belong to modules_to_save, got {name!r}")
 
 
-def _peft_config(adapter) -> dict:
+def _peft_config(adapter, ranks: dict[str, int]) -> dict:
     config = adapter.config
-    ranks = {name: rank for name, rank in adapter.ranks().items() if rank}
     if not ranks:
         raise ValueError("save: at least one module must have a rank above 0, got 0 everywhere")
     alphas = {name: adapter.layers[name].scaling / config.scaling(rank, 1.0) for name, rank in ranks.items()}
+    r = config.r if config.r in ranks.values() else Counter(ranks.values()).most_common(1)[0][0]
     others = [name for name, _ in adapter.model.named_modules() if name not in ranks]
     model_config = getattr(adapter.model, "config", None)
     return {
         "peft_type": "LORA",
         "task_type": _task_type(adapter),
         "base_model_name_or_path": getattr(model_config, "_name_or_path", None),
-        "r": config.r,
+        "r": r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "target_modules": peft_config.target_modules(list(ranks), others),
         "modules_to_save": list(adapter.saved) or None,
-        "rank_pattern": peft_config.pattern({name: rank for name, rank in ranks.items() if rank != config.r}, ranks),
+        "rank_pattern": peft_config.pattern({name: rank for name, rank in ranks.items() if rank != r}, ranks),
         "alpha_pattern": peft_config.pattern(
             {
                 name: alpha
@@ -150,17 +169,22 @@ def _task_type(adapter) -> str | None:
 HISTORY_FILE = "rank_history.json"
 
 
-def write(adapter, path) -> None:
+def write(adapter, path, *, fold_residual: bool = True) -> None:
     """Write an Adapter as a PEFT adapter folder; see `Adapter.save`."""
-    tensors = {}
+    tensors, ranks = {}, {}
     for name, layer in adapter.layers.items():
-        if layer.rank:
-            tensors[f"{peft.KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-            tensors[f"{peft.KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        lora_A, lora_B = layer.effective_factors()
+        residual = layer.residual_factors() if fold_residual else None
+        if residual is not None:
+            lora_A, lora_B = torch.cat([lora_A, residual[0]]), torch.cat([lora_B, -residual[1]], dim=1)
+        if lora_A.shape[0]:
+            ranks[name] = lora_A.shape[0]
+            tensors[f"{peft.KEY_PREFIX}{name}.lora_A.weight"] = lora_A
+            tensors[f"{peft.KEY_PREFIX}{name}.lora_B.weight"] = lora_B
     for name, module in adapter.saved.items():
         tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-    peft.write_folder(Path(path), _peft_config(adapter), tensors, {})
+    peft.write_folder(Path(path), _peft_config(adapter, ranks), tensors, {})
     history = adapter.method.history()
     if history is not None:
         with atomic_file(Path(path) / HISTORY_FILE) as temporary:

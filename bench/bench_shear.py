@@ -12,8 +12,8 @@ from released_norm import released_candidate, released_search
 
 from adaptlora import NoRMConfig
 from adaptlora.lora_files import LoraModule
+from adaptlora.pool import over
 from adaptlora.shear.methods import method_for
-from adaptlora.shear.pool import over
 
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 

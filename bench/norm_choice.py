@@ -15,8 +15,8 @@ from adaptlora import NoRMConfig, doctor
 from adaptlora.base_weights import BaseWeights
 from adaptlora.files import atomic_file
 from adaptlora.lora_files import read
+from adaptlora.pool import over
 from adaptlora.shear.methods import method_for
-from adaptlora.shear.pool import over
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "norm_choice.json"

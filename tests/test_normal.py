@@ -145,7 +145,8 @@ def test_penalty_gradient_at_zero_B_is_zero():
 
 
 def test_proximal_penalty_shrinks_after_the_step_until_t_p():
-    adapter, _ = make(penalty_step="proximal", penalty="linear", eta_p=0.5)
+    adapter, first = make(penalty_step="proximal", penalty="linear", eta_p=0.5)
+    del first  # an optimizer is tracked as long as it lives
     randomise(adapter)
     optimizer = torch.optim.SGD(
         [
@@ -153,10 +154,8 @@ def test_proximal_penalty_shrinks_after_the_step_until_t_p():
             {"params": [layer.lora_B for layer in adapter.layers.values()], "lr": 0.4},
         ]
     )
-    for layer in adapter.layers.values():
-        layer.pair._tracked.clear()
     adapter.track(optimizer)
-    assert adapter.penalty() == 0
+    assert adapter.penalty() == 0 and adapter.layers["first"].pair.optimizers == [optimizer]
     for step in range(3):
         lora_As = [layer.lora_A.detach().clone() for layer in adapter.layers.values()]
         lora_Bs = [layer.lora_B.detach().clone() for layer in adapter.layers.values()]

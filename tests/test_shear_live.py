@@ -8,7 +8,7 @@ from models import bert_batch, randomise, tiny_bert
 
 import adaptlora
 from adaptlora import DropConfig, LoraConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
-from adaptlora.shear.pool import over
+from adaptlora.pool import over
 
 CONFIGS = [
     NoRMConfig(),

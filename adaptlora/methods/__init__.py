@@ -1,13 +1,14 @@
 """What decides the ranks while a model trains."""
 
-from ..config import LaLoRAConfig, LoraConfig, NormALConfig
+from ..config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .base import Attachment, Method
 from .lalora import LaLoRA
+from .nora import NoRA
 from .normal import NormAL
 
 __all__ = ["METHODS", "Attachment", "Method", "check_config"]
 
-METHODS = {LoraConfig: Method, NormALConfig: NormAL, LaLoRAConfig: LaLoRA}
+METHODS = {LoraConfig: Method, NormALConfig: NormAL, LaLoRAConfig: LaLoRA, NoRAConfig: NoRA}
 
 
 def check_config(config) -> None:

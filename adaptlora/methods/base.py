@@ -17,12 +17,14 @@ class Attachment:
 
     targets: {module name: frozen linear}, in the model's order.   model: with the targets still in it.
     calibration: a batch for methods that look at activations, or None.   progress: called with (modules done, modules in all).
+    stored: what a file holds of frozen factors, so that they are not made anew.
     """
 
     model: nn.Module
     targets: dict[str, nn.Module]
     calibration: object = None
     progress: Callable[[int, int], object] | None = None
+    stored: object = None
 
 
 class Method:
@@ -38,6 +40,7 @@ class Method:
         phase: one word for reports.
     """
 
+    nested = False  # whether the pairs lie between frozen factors, so that a plain LoRA pair cannot take their place
     t_p: int | None = None
     t_c: int | None = None
     phase = "fixed"
@@ -129,6 +132,10 @@ class Method:
     def scaling(self, name: str, layer: nn.Module, rank: int) -> float:
         """The module's scaling after a change to `rank`."""
         return layer.scaling
+
+    def summary(self) -> dict:
+        """What `Adapter.summary` says beyond the sizes that all methods have."""
+        return {}
 
     def history(self) -> dict | None:
         """What ranks there were over the steps, as JSON; None if they change once at most."""

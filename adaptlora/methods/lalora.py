@@ -246,6 +246,9 @@ class LaLoRA(Method):
             fidelity = torch.where(whole > 0, kept / whole, 1.0)
         return self._by_group((fidelity * at.flip(0)).sum(0))
 
+    def summary(self) -> dict:
+        return {"budget": self.budget}
+
     def history(self) -> dict:
         """{"groups": {group: its modules}, "start": the groups' first ranks, "changes": [[step, group's number, rank], …], "steps"}"""
         members: dict[str, list[str]] = {group: [] for group in self.groups}

@@ -13,11 +13,11 @@ import torch
 from .. import lora_files
 from ..base_weights import BaseWeights
 from ..merging import check_merge, write_merged
+from ..pool import check_workers, over
 from . import processes
 from .base import remaining
 from .config import NoRMConfig
 from .methods import method_for
-from .pool import check_workers, over
 from .report import ShearReport
 from .unfinished import Unfinished
 
@@ -68,7 +68,7 @@ def shear_files(
     report_folder = _check_out(file, out, base, merge)
     if merge:
         _check_merge(file, weights, out)
-    check_workers(workers)
+    check_workers("shear", workers)
     on_device = _device(device)
     method.prepare(list(file.modules))
     with processes.group() as group:

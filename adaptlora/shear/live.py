@@ -6,11 +6,11 @@ import torch
 
 from ..adapter import Adapter
 from ..lora_files import LoraModule
-from ..nn.lora_linear import is_conv1d
+from ..nn import dequantised_weight
+from ..pool import check_workers, over
 from .base import remaining
 from .config import NoRMConfig
 from .methods import method_for
-from .pool import check_workers, over
 from .report import ShearReport
 
 
@@ -40,7 +40,7 @@ def shear(
     method = method_for(config)
     handle = _handle(target, adapter_name)
     modules = handle.modules()
-    check_workers(workers)
+    check_workers("shear", workers)
     method.prepare(list(modules))
     done = {}
 
@@ -79,6 +79,10 @@ class _AdapterHandle:
 
     def __init__(self, adapter: Adapter):
         adapter.check_trainable("shear")
+        if adapter.method.nested:
+            raise ValueError(
+                "shear: target must hold plain pairs, got NoRA's nested ones (save it for PEFT and shear that)"
+            )
         self.adapter = adapter
 
     def modules(self) -> dict[str, LoraModule]:
@@ -89,16 +93,14 @@ class _AdapterHandle:
                 lora_B=layer.lora_B.detach(),
                 scaling=layer.scaling,
                 bias=None,
-                fan_in_fan_out=is_conv1d(layer.base_layer),
+                fan_in_fan_out=layer.fan_in_fan_out,
             )
             for name, layer in self.adapter.layers.items()
             if layer.rank
         }
 
     def weight(self, name: str) -> torch.Tensor:
-        layer = self.adapter.layers[name]
-        weight = layer.base_layer.weight.detach()
-        return weight.t() if layer.fan_in_fan_out else weight
+        return dequantised_weight(self.adapter.layers[name].base_layer)
 
     def replace(self, modules: list[LoraModule]) -> None:
         self.adapter.replace_factors(

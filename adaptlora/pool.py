@@ -6,9 +6,9 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import torch
 
 
-def check_workers(workers) -> None:
+def check_workers(op: str, workers) -> None:
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise ValueError(f"shear: workers must be None or an integer > 0, got {workers!r}")
+        raise ValueError(f"{op}: workers must be None or an integer > 0, got {workers!r}")
 
 
 def over(function: Callable, items: Iterable, workers: int | None = None) -> Iterator[tuple[object, object]]:

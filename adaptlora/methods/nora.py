@@ -1,0 +1,219 @@
+"""NoRA: an inner pair between frozen outer factors that come from the weight itself.          [NoRA, methods: nested]"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ..checksums import checksum
+from ..config import NoRAConfig
+from ..nn import NoRALinear, Outer, dequantised_weight, linear_shape
+from ..ops import randomized_svd
+from ..pool import over
+from .base import Attachment, Method
+
+# An input feature that the calibration hardly used would be blown up without bound when its weighting is undone.
+_SMALLEST_WEIGHTING = 1e-3
+# Another library's rounding moves a probe by far less, another vector by about as much as there is.
+_PROBE_TOLERANCE = 1e-3
+
+
+def outer_rank(config: NoRAConfig, module: nn.Module) -> int:
+    """r_out, or as many as the module has rows or columns."""
+    return min(config.r_out, *linear_shape(module))
+
+
+def mean_activations(model: nn.Module, targets: dict[str, nn.Module], batch, power: float) -> dict[str, Tensor]:
+    """
+    {module: d (K,)}, d_k the mean over all tokens of |x_k|^power, over the mean of all d_k, and at least 0.001: one forward pass in
+    evaluation mode, without gradients. Padding counts as tokens.
+
+    Args: batch: a dict of the model's keyword arguments, a tuple or list of its arguments, or its one argument.
+    Raises: ValueError (a module that the batch does not reach, activations that are not finite).
+    """
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+
+    def observe(name: str):
+        def hook(module, arguments):
+            x = arguments[0].detach().flatten(0, -2)
+            sums[name] = sums.get(name, 0) + x.double().abs().pow(power).sum(0)
+            tokens[name] = tokens.get(name, 0) + x.shape[0]
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(observe(name)) for name, module in targets.items()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        with torch.no_grad():
+            model.eval()
+            if isinstance(batch, (tuple, list)):
+                model(*batch)
+            elif hasattr(batch, "keys"):
+                model(**batch)
+            else:
+                model(batch)
+    finally:
+        for module in training:
+            module.training = True
+        for hook in hooks:
+            hook.remove()
+    weightings = {}
+    for name in targets:
+        if name not in sums:
+            raise ValueError(f"NoRA: calibration must reach every adapted module, got no activations of {name}")
+        mean = sums[name] / tokens[name]
+        if not mean.isfinite().all() or not mean.any():
+            raise ValueError(
+                f"NoRA: activations of {name} must be finite and not all zero, got a mean of {mean.mean()}"
+            )
+        weightings[name] = (mean / mean.mean()).clamp(min=_SMALLEST_WEIGHTING).float()
+    return weightings
+
+
+def outer_factors(weight: Tensor, rank: int, weighting: Tensor | None, seed: int) -> Outer:
+    """
+    W ≈ U diag(S) Vh, of W or of W diag(d) with the weighting undone in Vh: U (N, rank) orthonormal, S (rank,), Vh (rank, K). The sign
+    of each pair of vectors is that in which the largest element of u is positive, whichever library factorizes.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if weighting is not None:
+        weighting = weighting.to(weight)
+        weight = weight * weighting
+    U, S, Vh, _ = randomized_svd([weight], rank, seed=seed)[0]
+    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    signs = torch.where(signs == 0, 1, signs)
+    return Outer(U * signs, S, Vh * signs.t() if weighting is None else Vh * signs.t() / weighting)
+
+
+def probe(outer: Outer) -> Tensor:
+    """(2, r_out): projections of one fixed random vector on the outer factors. Other factors, signs or an order of vectors have others."""
+    rows = []
+    for side in (outer.U.t(), outer.Vh):
+        vector = torch.randn(side.shape[1], generator=torch.Generator().manual_seed(0))
+        rows.append(side.detach().cpu().double() @ vector.double() / side.shape[1] ** 0.5)
+    return torch.stack(rows).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredOuter:
+    """
+    What a file says of outer factors.  path: the file's, for errors.   checksums: of the weights that they belong to.
+    outers: themselves, or nothing.   probes: what `probe` gave for those that are not stored.   weightings: d of activation-weighted ones.
+    """
+
+    path: str
+    checksums: dict[str, str]
+    outers: dict[str, Outer]
+    probes: dict[str, Tensor]
+    weightings: dict[str, Tensor]
+
+    def check_weight(self, name: str, found: str) -> None:
+        """Raises: ValueError (another base weight)."""
+        if found != self.checksums[name]:
+            raise ValueError(
+                f"load: {self.path}: the base weight of {name} must be the one that the adapter was trained on, SHA-256 "
+                f"{self.checksums[name][:12]}…, got {found[:12]}…"
+            )
+
+    def check_outer(self, name: str, outer: Outer) -> None:
+        """Raises: ValueError (outer factors that came out otherwise than where the file was written)."""
+        if name in self.probes:
+            expected, found = self.probes[name], probe(outer)
+            if expected.shape != found.shape or not (found - expected).norm() <= _PROBE_TOLERANCE * expected.norm():
+                raise ValueError(
+                    f"load: {self.path}: the outer factors of {name} must come out as where the file was written, and this machine's "
+                    "factorization differs; save with save_outer=True there"
+                )
+
+
+class NoRA(Method):
+    """The method while it trains: ranks stay, composed factors are forgotten when the optimizer has stepped."""
+
+    nested = True
+
+    @classmethod
+    def build(cls, config: NoRAConfig, attachment: Attachment) -> dict[str, NoRALinear]:
+        """Raises: ValueError (a module too small for its rank, calibration missing or superfluous, weights that are not finite)."""
+        targets, stored = attachment.targets, attachment.stored
+        for name, module in targets.items():
+            r, most = cls.rank_and_scaling(config, name)[0], outer_rank(config, module)
+            if r > most:
+                raise ValueError(f"NoRA: r of {name} must be at most its outer rank {most}, got {r}")
+        weightings = _weightings(config, attachment) if stored is None else stored.weightings
+
+        def prepare(name: str) -> tuple[Outer, str]:
+            """Outer factors, and what tells later whether a weight is the one that they belong to."""
+            weight = dequantised_weight(targets[name])
+            digest = checksum(weight)
+            if stored is not None:
+                stored.check_weight(name, digest)
+                if name in stored.outers:
+                    return stored.outers[name], digest
+            outer = outer_factors(weight, outer_rank(config, targets[name]), weightings.get(name), config.seed)
+            if stored is not None:
+                stored.check_outer(name, outer)
+            return outer, digest
+
+        prepared = {}
+        on_cpu = all(module.weight.device.type == "cpu" for module in targets.values())
+        for name, result in over(prepare, targets, None if on_cpu else 1):
+            prepared[name] = result
+            if attachment.progress is not None:
+                attachment.progress(len(prepared), len(targets))
+        generator = torch.Generator().manual_seed(config.seed)
+        layers = {}
+        for name, module in targets.items():
+            r, scaling = cls.rank_and_scaling(config, name)
+            outer, weight_checksum = prepared[name]
+            layers[name] = NoRALinear(
+                module,
+                r,
+                outer,
+                scaling=scaling,
+                dropout_p=config.lora_dropout,
+                inner_init=config.inner_init,
+                residual=config.residual,
+                keep_original=config.keep_original,
+                generator=generator,
+            )
+            layers[name].weighting, layers[name].weight_checksum = weightings.get(name), weight_checksum
+        return layers
+
+    def begin(self) -> None:
+        """Every base weight becomes W − ΔW, all or none."""
+        done = []
+        try:
+            for layer in self.layers.values():
+                done.append(layer)
+                layer.apply_residual()
+        except BaseException:
+            for layer in done:
+                layer.restore_base()
+            raise
+
+    def end(self) -> None:
+        for layer in self.layers.values():
+            layer.restore_base()
+
+    def after_optimizer_step(self) -> None:
+        for layer in self.layers.values():
+            layer.forget_composed()
+
+    def summary(self) -> dict:
+        """residual_error: of the modules' ‖round(W − ΔW) − (W − ΔW)‖ / ‖W‖ the largest, 0 where no base weight was rewritten; bytes."""
+        buffers = [buffer for layer in self.layers.values() for buffer in (layer.outer_A, layer.outer_B)]
+        return {
+            "residual_error": max(layer.rounding_error for layer in self.layers.values()),
+            "outer_bytes": sum(buffer.nbytes for buffer in buffers),
+        }
+
+
+def _weightings(config: NoRAConfig, attachment: Attachment) -> dict[str, Tensor]:
+    if config.outer == "weight":
+        if attachment.calibration is not None:
+            raise ValueError('attach: calibration must be None with outer="weight", got a batch')
+        return {}
+    if attachment.calibration is None:
+        raise ValueError('attach: calibration must be a batch with outer="activation", got None')
+    return mean_activations(attachment.model, attachment.targets, attachment.calibration, config.activation_power)

@@ -1,0 +1,137 @@
+"""NoRA's compact files: inner factors, and the outer ones as what remakes them from the base weight, or stored."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import NoRAConfig
+from .files import atomic_file, read_tensors
+from .methods.nora import StoredOuter, probe
+from .nn import Outer
+
+CONFIG_FILE = "adaptlora_config.json"
+WEIGHTS_FILE = "adaptlora_model.safetensors"
+_FORMAT = "adaptlora-nora-1"
+_INNER = ("lora_A", "lora_B")
+_OUTER = tuple(f"outer_{name}" for name in Outer._fields)
+_SAVED = "modules_to_save."
+
+
+@dataclasses.dataclass
+class StoredNoRA:
+    """A NoRA folder, read and checked in itself. factors: {module: (A' (r, r_out), B' (r_out, r))}; saved: {module: {name: tensor}}."""
+
+    path: Path
+    config: NoRAConfig
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scalings: dict[str, float]
+    saved: dict[str, dict[str, Tensor]]
+    outer: StoredOuter
+
+    def attach_options(self) -> dict:
+        return {"config": self.config, "stored": self.outer}
+
+
+def write(adapter, path, *, save_outer: bool) -> None:
+    """Write a NoRA adapter to the folder `path`, each file under a temporary name and renamed; see `Adapter.save`."""
+    tensors: dict[str, Tensor] = {}
+    modules = {}
+    for name, layer in adapter.layers.items():
+        tensors |= {f"{name}.{factor}": getattr(layer, factor) for factor in _INNER}
+        if save_outer:
+            tensors |= {f"{name}.{key}": part for key, part in zip(_OUTER, layer.outer, strict=True)}
+        else:
+            tensors[f"{name}.probe"] = probe(layer.outer)
+        if layer.weighting is not None:
+            tensors[f"{name}.weighting"] = layer.weighting
+        modules[name] = {"scaling": layer.scaling, "weight_sha256": layer.weight_checksum}
+    for name, module in adapter.saved.items():
+        tensors |= {f"{_SAVED}{name}:{key}": value for key, value in module.state_dict().items()}
+    tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    content = {"format": _FORMAT, "config": dataclasses.asdict(adapter.config), "modules": modules}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path / WEIGHTS_FILE) as weights_file, atomic_file(path / CONFIG_FILE) as config_file:
+        save_file(tensors, weights_file)
+        config_file.write_text(text, encoding="utf-8")
+
+
+def is_folder(path) -> bool:
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def read(path) -> StoredNoRA:
+    """Read such a folder.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
+    path = Path(path)
+    file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
+    config, modules = _read_config(file)
+    tensors, _ = read_tensors("load", weights)
+    saved: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    for key, tensor in tensors.items():
+        if key.startswith(_SAVED):
+            module, _, parameter = key.removeprefix(_SAVED).rpartition(":")
+            saved.setdefault(module, {})[parameter] = tensor
+            continue
+        name, _, part = key.rpartition(".")
+        if name not in parts:
+            raise ValueError(f"load: {weights}: tensors must belong to the modules of {CONFIG_FILE}, got {key!r}")
+        parts[name][part] = tensor
+    outers, probes, weightings, factors = {}, {}, {}, {}
+    for name, found in parts.items():
+        factors[name] = _inner(weights, name, found)
+        if _OUTER[0] in found:
+            outers[name] = _outer(weights, name, found, factors[name][0].shape[1])
+        else:
+            probes[name] = _needed(weights, name, found, "probe")
+        if "weighting" in found:
+            weightings[name] = found["weighting"]
+    checksums = {name: module["weight_sha256"] for name, module in modules.items()}
+    scalings = {name: module["scaling"] for name, module in modules.items()}
+    outer = StoredOuter(str(path), checksums, outers, probes, weightings)
+    return StoredNoRA(path, config, factors, scalings, saved, outer)
+
+
+def _read_config(file: Path) -> tuple[NoRAConfig, dict]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"format must be {_FORMAT!r}, got {content['format']!r}")
+        config, modules = NoRAConfig(**content["config"]), content["modules"]
+        if not modules:
+            raise ValueError("modules must name at least one module, got none")
+        for name, module in modules.items():
+            if not isinstance(module["scaling"], (int, float)) or not isinstance(module["weight_sha256"], str):
+                raise ValueError(f"{name} must have a scaling and a weight_sha256, got {module!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: {file} must describe a NoRA adapter: {error!r}") from error
+    return config, modules
+
+
+def _needed(file: Path, name: str, found: dict[str, Tensor], part: str) -> Tensor:
+    if part not in found:
+        raise ValueError(f"load: {file}: {name} must have {part}, got {sorted(found)}")
+    return found[part]
+
+
+def _inner(file: Path, name: str, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    lora_A, lora_B = (_needed(file, name, found, part) for part in _INNER)
+    if lora_A.dim() != 2 or lora_B.shape != lora_A.shape[::-1]:
+        raise ValueError(
+            f"load: {file}: {name}: lora_A (r, r_out) and lora_B (r_out, r) must fit together, got {tuple(lora_A.shape)} and "
+            f"{tuple(lora_B.shape)}"
+        )
+    return lora_A, lora_B
+
+
+def _outer(file: Path, name: str, found: dict[str, Tensor], r_out: int) -> Outer:
+    outer = Outer(*(_needed(file, name, found, part) for part in _OUTER))
+    shapes = [tuple(part.shape) for part in outer]
+    if [len(shape) for shape in shapes] != [2, 1, 2] or not shapes[0][1] == shapes[1][0] == shapes[2][0] == r_out:
+        raise ValueError(f"load: {file}: {name}: outer factors must be of rank r_out={r_out}, got {shapes}")
+    return outer
