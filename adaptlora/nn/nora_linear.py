@@ -73,7 +73,7 @@ class NoRALinear(AdaptedLinear):
             rounds once more.
         generator: CPU generator of what is random in A'.
     lora_A is A' (r, r_out) and lora_B is B' (r_out, r).
-    Attribute rounding_error: ‖round(W − ΔW_0) − (W − ΔW_0)‖_F / ‖W‖_F of the base's dtype, once the residual is applied.
+    Attribute rounding_error: ‖round(W − ΔW_0) − (W − ΔW_0)‖_F / ‖W‖_F of the base's dtype while the residual is applied, else 0.
     Raises: TypeError (base_layer, outer), ValueError (r, shapes or values of outer, inner_init, scaling, dropout_p).
     """
 
@@ -200,14 +200,15 @@ class NoRALinear(AdaptedLinear):
             self.forget_composed()
         if not self._in_weight:
             return
+        now = {"device": self.weight.device, "dtype": self.weight.dtype}
         if self._original:
             (original,) = self._original
-            original.data = original.data.to(self.weight)
         else:
             total = self._shifted(*self.residual_factors(), self.scaling)
             original = nn.Parameter(total.to(self.weight.dtype), requires_grad=False)
         self._put_weight(original, keep=False)
-        self._in_weight = False
+        self.base_layer.to(**now)  # moves the parameter itself, as the model's own moves would have
+        self._in_weight, self.rounding_error = False, 0.0
 
     def take_outer(self, outer: Outer) -> None:
         """
