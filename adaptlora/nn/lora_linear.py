@@ -6,7 +6,6 @@ from torch import nn
 from ..ranks import RankedPair
 from .adapted_linear import AdaptedLinear
 from .frozen import adapted
-from .frozen import is_conv1d as is_conv1d
 
 
 class LoraLinear(AdaptedLinear):
