@@ -1,7 +1,7 @@
 """adaptlora: adaptive-rank LoRA in which pruned ranks are really gone."""
 
 from . import nn, ops
-from .adapter import Adapter, RankChange, attach, load
+from .adapter import Adapter, RankChange, attach, load, trained_parameters
 from .config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
 from .ranks import RankedPair
@@ -39,4 +39,5 @@ __all__ = [
     "ops",
     "shear",
     "shear_files",
+    "trained_parameters",
 ]

@@ -88,6 +88,17 @@ def _require_grad(model: nn.Module, required: dict[str, bool]) -> None:
         parameter.requires_grad_(required[name])
 
 
+def trained_parameters(model: nn.Module, config: LoraConfig) -> int:
+    """
+    How many numbers `attach(model, config)` would train, at the largest ranks and with modules_to_save; from shapes alone, so that the
+    model may be on the meta device.  Raises: as `attach` for targets.
+    """
+    check_config(config)
+    kind = METHODS[type(config)]
+    factors = sum(kind.parameters(config, name, module) for name, module in find_targets(model, config).items())
+    return factors + sum(p.numel() for module in find_saved(model, config).values() for p in module.parameters())
+
+
 def load(model: nn.Module, path, *, progress=None) -> "Adapter":
     """
     Put a saved adapter on `model`: PEFT's LoRA, each module with the rank and scaling it has in the file, or NoRA's own.

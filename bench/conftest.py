@@ -38,16 +38,20 @@ def quick(request) -> bool:
 
 @pytest.fixture
 def compare(request, benchmark, quick):
-    """compare(case, providers, floor, rounds, warmup, unavailable, facts): times the providers, interleaved, into the report."""
+    """
+    compare(case, providers, floor, rounds, warmup, unavailable, facts): times the providers, interleaved, into the report, and returns
+    the samples, {provider: seconds of each round}.
+    """
 
     def run(case, providers, *, floor, rounds, warmup=WARMUP_ROUNDS, unavailable=None, facts=None):
         rounds = 3 if quick else rounds
         interleaved = Interleaved(providers)
         benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=warmup)
         samples = {name: interleaved.samples[name][-rounds:] for name in providers}
-        comparison = Comparison(case, floor, samples, unavailable or {}, facts or {})
+        comparison = Comparison(case, floor, samples, unavailable or {}, facts if facts is not None else {})
         benchmark.extra_info.update(comparison.summary())
         request.config.stash[REPORT].add(request.path.stem, comparison)
+        return samples
 
     return run
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..nn import LoraLinear
+from ..nn import LoraLinear, linear_shape
 from ..targets import pattern_value
 
 
@@ -72,6 +72,11 @@ class Method:
     def rank_and_scaling(config, name: str) -> tuple[int, float]:
         r = pattern_value(config.rank_pattern, name, config.r)
         return r, config.scaling(r, pattern_value(config.alpha_pattern, name, config.lora_alpha))
+
+    @classmethod
+    def parameters(cls, config, name: str, module: nn.Module) -> int:
+        """Numbers that train in one module at its largest rank."""
+        return cls.rank_and_scaling(config, name)[0] * sum(linear_shape(module))
 
     @staticmethod
     def first_rank(config, r: int) -> int:

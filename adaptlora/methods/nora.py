@@ -133,6 +133,11 @@ class NoRA(Method):
     nested = True
 
     @classmethod
+    def parameters(cls, config: NoRAConfig, name: str, module: nn.Module) -> int:
+        """2 · r_out · r"""
+        return 2 * outer_rank(config, module) * cls.rank_and_scaling(config, name)[0]
+
+    @classmethod
     def build(cls, config: NoRAConfig, attachment: Attachment) -> dict[str, NoRALinear]:
         """Raises: ValueError (a module too small for its rank, calibration missing or superfluous, weights that are not finite)."""
         targets, stored = attachment.targets, attachment.stored
