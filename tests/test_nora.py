@@ -1,7 +1,6 @@
 """NoRA as a method: outer factors, residuals, training, files, merging; on models and in numbers of the paper."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -217,7 +216,7 @@ def test_training_is_that_of_the_serial_form(accumulation):
     mine = torch.optim.AdamW(adapter.parameters(), lr=0.02)
     adapter.track(mine)
     theirs = torch.optim.AdamW([A, B], lr=0.02)
-    for t in range(5):
+    for _ in range(5):
         for _ in range(accumulation):
             x = torch.randn(9, 13, dtype=torch.float64)
             loss = adapter.model(x).square().mean()
@@ -308,129 +307,7 @@ def test_merge_and_unmerge():
     assert torch.equal(adapter.model.first.weight, Net(torch.float64).first.weight)
 
 
-# Files
-
-
-def trained_bert(**fields):
-    model = tiny_bert()
-    options = {"r": 3, "r_out": 8, "lora_alpha": 6, "target_modules": "all-linear", "modules_to_save": ["classifier"]}
-    calibration = bert_batch() if fields.get("outer") == "activation" else None
-    adapter = adaptlora.attach(model, adaptlora.NoRAConfig(**options | fields), calibration=calibration)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
-    adapter.track(optimizer)
-    for t in range(3):
-        model(**bert_batch(seed=t)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        adapter.step()
-    return adapter, model(**bert_batch()).logits
-
-
-@pytest.mark.parametrize("save_outer", [False, True])
-@pytest.mark.parametrize(
-    "fields", [{}, {"outer": "activation"}, {"inner_init": "kaiming"}, {"residual": False}], ids=str
-)
-def test_its_own_files_give_the_same_bits(fields, save_outer, tmp_path):
-    adapter, logits = trained_bert(**fields)
-    adapter.save(tmp_path, format="nora", save_outer=save_outer)
-    told = []
-    again = adaptlora.load(tiny_bert(), tmp_path, progress=lambda *counts: told.append(counts))
-    assert torch.equal(again.model(**bert_batch()).logits, logits) and told[-1] == (13, 13)
-    assert type(again.config) is adaptlora.NoRAConfig and again.config == adapter.config
-    twin, _ = trained_bert(**fields)
-    twin.load(tmp_path)
-    assert torch.equal(twin.model(**bert_batch()).logits, logits)
-    size = (tmp_path / "adaptlora_model.safetensors").stat().st_size
-    assert save_outer or size < 4 * (adapter.summary()["trainable_parameters"] + 13 * (2 * 8 + 24)) + 8000
-
-
-@pytest.mark.parametrize("fields", [{}, {"residual": False}, {"use_rslora": True}], ids=str)
-def test_peft_computes_the_same(fields, tmp_path):
-    from peft import PeftModel
-
-    adapter, logits = trained_bert(**fields)
-    adapter.save(tmp_path / "folded")
-    ranks = {layer.rank for layer in adapter.layers.values()}
-    folded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "folded").eval()
-    torch.testing.assert_close(folded(**bert_batch()).logits, logits, rtol=1e-5, atol=1e-6)
-    rank = json.loads((tmp_path / "folded" / "adapter_config.json").read_text())["r"]
-    assert ranks == {3} and rank == (3 if "residual" in fields else 6)
-    adapter.save(tmp_path / "apart", fold_residual=False)
-    base = tiny_bert()
-    base.load_state_dict(adapter.base_state_dict())
-    apart = PeftModel.from_pretrained(base, tmp_path / "apart").eval()
-    torch.testing.assert_close(apart(**bert_batch()).logits, logits, rtol=1e-5, atol=1e-6)
-    assert json.loads((tmp_path / "apart" / "adapter_config.json").read_text())["r"] == 3
-
-
-def test_another_base_is_refused(tmp_path):
-    adapter, _ = trained_bert()
-    adapter.save(tmp_path, format="nora")
-    model = tiny_bert(seed=1)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        ValueError, match=r"base weight of bert.encoder.* must be the one .* trained on, SHA-256 [0-9a-f]{12}…, got"
-    ):
-        adaptlora.load(model, tmp_path)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert type(model.bert.pooler.dense) is torch.nn.Linear
-
-
-def test_a_factorization_that_comes_out_otherwise_is_refused(tmp_path, monkeypatch):
-    adapter, logits = trained_bert()
-    adapter.save(tmp_path / "remade", format="nora")
-    adapter.save(tmp_path / "stored", format="nora", save_outer=True)
-    real = outer_factors
-
-    def rotated(*args):
-        outer = real(*args)
-        return outer._replace(U=outer.U.flip(1))
-
-    monkeypatch.setattr("adaptlora.methods.nora.outer_factors", rotated)
-    with pytest.raises(ValueError, match="this machine's factorization differs; save with save_outer=True there"):
-        adaptlora.load(tiny_bert(), tmp_path / "remade")
-    assert torch.equal(adaptlora.load(tiny_bert(), tmp_path / "stored").model(**bert_batch()).logits, logits)
-
-
-def test_plain_and_nested_files_are_not_mixed(tmp_path):
-    adapter, _ = trained_bert()
-    adapter.save(tmp_path / "nora", format="nora")
-    adapter.save(tmp_path / "peft")
-    plain = adaptlora.load(tiny_bert(), tmp_path / "peft")
-    with pytest.raises(ValueError, match=r"must be a plain LoRA, got NoRA's own"):
-        plain.load(tmp_path / "nora")
-    with pytest.raises(ValueError, match=r"must be NoRA's own .*, got a plain LoRA"):
-        adapter.load(tmp_path / "peft")
-    with pytest.raises(ValueError, match='save: format must be "peft" for LoraConfig, got .nora.'):
-        plain.save(tmp_path / "x", format="nora")
-    with pytest.raises(ValueError, match='save: format must be "peft" or "nora" for NoRAConfig, got .zip.'):
-        adapter.save(tmp_path / "x", format="zip")
-    assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match="shear: target must hold plain pairs, got NoRA's nested ones"):
-        adaptlora.shear(adapter)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "text"),
-    [
-        (lambda c: c.update(format="other"), "format must be 'adaptlora-nora-1', got 'other'"),
-        (lambda c: c["config"].update(r_out=1), "r_out must be an integer ≥ r=3"),
-        (lambda c: c["config"].update(rout=1), "rout"),
-        (lambda c: c["modules"].clear(), "modules must name at least one module"),
-        (lambda c: c["modules"].popitem(), "tensors must belong to the modules"),
-        (lambda c: c["modules"].update(more=c["modules"]["bert.pooler.dense"]), r"more must have lora_A, got \[\]"),
-        (lambda c: c.pop("modules"), "KeyError"),
-    ],
-)
-def test_damaged_descriptions(spoil, text, tmp_path):
-    adapter, _ = trained_bert()
-    adapter.save(tmp_path, format="nora")
-    file = tmp_path / "adaptlora_config.json"
-    content = json.loads(file.read_text())
-    spoil(content)
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=text):
-        adaptlora.load(tiny_bert(), tmp_path)
+# Bad input
 
 
 @pytest.mark.parametrize(

@@ -222,3 +222,32 @@ def test_resuming_lalora_equals_an_uninterrupted_run(stop, contribution, tmp_pat
         assert all(torch.equal(rows, theirs[key]) for key, rows in mine.pair.parked().items())
     for mine, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, expected)
+
+
+# NoRA: factors composed once a step
+
+
+def make_nora(**fields):
+    base = {"r": 3, "r_out": 9, "lora_alpha": 6, "target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    return adaptlora.attach(tiny_bert().double(), adaptlora.NoRAConfig(**base | fields))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_nora_by_trainer_equals_the_raw_loop(accumulation, tmp_path):
+    by_trainer, by_hand = make_nora(), make_nora()
+    run_trainer(by_trainer, tmp_path, accumulation, max_grad_norm=0.05)
+    run_raw(by_hand, accumulation, max_grad_norm=0.05)
+    for mine, expected in zip(by_trainer.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_resuming_nora_equals_an_uninterrupted_run(tmp_path):
+    whole, resumed = make_nora(), make_nora()
+    run_trainer(whole, tmp_path, save_strategy="steps", save_steps=1)
+    run_trainer(resumed, tmp_path / "again", resume=tmp_path / "checkpoint-3")
+    for mine, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+    stored = adaptlora.load(tiny_bert().double(), tmp_path / "checkpoint-6" / "adapter")
+    with torch.no_grad():
+        expected = whole.model.eval()(**bert_batch()).logits
+        torch.testing.assert_close(stored.model(**bert_batch()).logits, expected, rtol=1e-6, atol=1e-9)
