@@ -1,13 +1,15 @@
-"""What is in a PEFT LoRA folder: ranks, shapes and scores, read from its two files without a model."""
+"""What is in a PEFT LoRA folder: ranks, shapes and scores, and La-LoRA's ranks over the steps, read from its files without a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from .files import read_tensors
+from .io import HISTORY_FILE
 from .lora_files import peft, peft_config
 from .lora_files.base import natural, pair
 from .methods.normal import scores
 from .ops import rank_norms
+from .rank_history import RankHistory
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,13 @@ class Inspection:
     modules: list[InspectedModule]
     others: dict[str, int]  # parameters of whatever else is saved: whole modules, embeddings, magnitudes
     file_bytes: int
+    history: RankHistory | None
 
 
 def inspect_adapter(folder: str | Path) -> Inspection:
-    """Read a PEFT adapter's adapter_config.json and adapter_model.safetensors.
+    """Read a PEFT adapter's adapter_config.json and adapter_model.safetensors, and rank_history.json where there is one.
 
-    Raises: ValueError (not such a folder, a damaged file, factors that do not fit together).
+    Raises: ValueError (not such a folder, a damaged file, factors that do not fit together, another adapter's history).
     """
     folder = Path(folder)
     config_file, weights = folder / peft.CONFIG_FILE, folder / peft.WEIGHTS_FILE
@@ -67,4 +70,12 @@ def inspect_adapter(folder: str | Path) -> Inspection:
         )
         for name, lora_A, lora_B, a, b in zip(names, lora_As, lora_Bs, norms_A, norms_B, strict=True)
     ]
-    return Inspection(config, modules, others, weights.stat().st_size)
+    history = RankHistory.read(folder)
+    ranks = {module.name: module.rank for module in modules}
+    if history is not None and history.final_ranks() != ranks:
+        different = sorted(name for name, _ in history.final_ranks().items() ^ ranks.items())[0]
+        raise ValueError(
+            f"inspect: {folder / HISTORY_FILE} must end with the adapter's own ranks, got {history.final_ranks().get(different)} "
+            f"for {different}, of rank {ranks.get(different)}"
+        )
+    return Inspection(config, modules, others, weights.stat().st_size, history)

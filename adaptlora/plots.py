@@ -1,4 +1,4 @@
-"""Pictures: ranks as a heat map, losses as curves. Files appear only when they are complete."""
+"""Pictures: ranks as heat maps, losses as curves. Files appear only when they are complete."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from .files import atomic_file
 from .finetune._extras import need
+from .rank_history import RankHistory
 
+LAYER = r"(?:^|\.)(\d+)(?:\.|$)"  # the first number in a module's name
 INK, MUTED, OURS, THEIRS = "#1a1a1a", "#8a8a8a", "#0b6e99", "#d1701c"
 
 
@@ -18,7 +20,7 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], list[list
     """
     cells: dict[tuple[str, str], int] = {}
     for name, rank in ranks.items():
-        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        match = re.search(LAYER, name)
         layer, kind = (match.group(1), name[match.end() :] or name) if match else ("–", name)
         if (kind, layer) in cells:  # two stacks with the same numbering: an encoder's and a decoder's
             kind = f"{name[: match.start()]}: {kind}" if match else name
@@ -134,6 +136,65 @@ def loss_curve(
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     return _save(figure, path)
+
+
+def rank_steps(history: Mapping, path: str | Path, *, title: str = "Ranks over the steps") -> Path:
+    """PNG of ranks that change over the steps: above, a row for each group and its rank as colour; below, their sum, the budget.
+
+    Args:
+        history: what La-LoRA's `Method.history` returns and rank_history.json holds.
+    Raises: ValueError (not such a history), MissingExtraError.
+    """
+    table = RankHistory(**history).table()
+    groups, steps = list(history["groups"]), history["steps"]
+    top = max(1, table.max().item())
+    matplotlib = need("matplotlib", "a picture")
+    figure_module, ticker = (need(f"matplotlib.{name}", "a picture") for name in ("figure", "ticker"))
+    heat = min(5.6, max(1.6, 0.24 * len(groups)))
+    figure = figure_module.Figure(figsize=(7.6, heat + 2.3), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(heat, 1.4))
+    colours = matplotlib.colormaps["YlGnBu"].resampled(top + 1)
+    image = above.imshow(
+        table.numpy(),
+        cmap=colours,
+        vmin=-0.5,
+        vmax=top + 0.5,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(-0.5, steps + 0.5, len(groups) - 0.5, -0.5),
+    )
+    rows, names = _group_ticks(groups)
+    above.set_yticks(rows, names, fontsize=8)
+    above.set_ylabel("layer" if names != groups else "group")
+    above.tick_params(axis="both", length=0)
+    above.set_title(title, fontsize=10, loc="left")
+    bar = figure.colorbar(image, ax=above, pad=0.02, fraction=0.06, aspect=6 * heat)
+    bar.set_label("rank of the group")
+    bar.locator = ticker.MaxNLocator(integer=True)
+    bar.update_ticks()
+    for spines in (bar.outline, above.spines[:]):
+        spines.set_visible(False)
+
+    below.step(range(steps + 1), table.sum(0).tolist(), where="mid", color=OURS, linewidth=1.8)
+    below.set_xlim(-0.5, steps + 0.5)
+    below.set_ylim(bottom=0)
+    below.tick_params(labelsize=8)
+    below.set_xlabel("training step")
+    below.set_ylabel("sum of ranks", fontsize=8)
+    for axis, most in ((below.xaxis, 8), (below.yaxis, 3)):
+        axis.set_major_locator(ticker.MaxNLocator(nbins=most, steps=[1, 2, 5, 10], integer=True))
+    below.spines[["top", "right"]].set_visible(False)
+    below.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    below.set_axisbelow(True)
+    return _save(figure, path)
+
+
+def _group_ticks(groups: Sequence[str], most: int = 32) -> tuple[list[float], list[str]]:
+    """Rows to label and their labels: the middle of each layer's groups with its number, and no more of them than are read easily."""
+    numbers = [match.group(1) if (match := re.search(LAYER, group)) else group for group in groups]
+    first = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1]]
+    shown = list(zip(first, [*first[1:], len(groups)], strict=True))[:: -(-len(first) // most)]
+    return [(start + end - 1) / 2 for start, end in shown], [numbers[start] for start, _ in shown]
 
 
 def overlap_curves(curves: Mapping[str, tuple[Sequence[float | None], int]], path: str | Path, *, metric: str) -> Path:

@@ -1,4 +1,4 @@
-"""The command line, as a person uses it: whole runs on small models, input that is wrong, adapters to look at, the doctor."""
+"""The command line, as a person uses it: whole runs on small models, input that is wrong, the doctor."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from command_line import WORDS, bert_folder, elsewhere, invoke, llama_folder, questions, tokenizer  # noqa: F401 - some are fixtures
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,99 +20,13 @@ from adaptlora.cli.console import bars
 from adaptlora.cli.finetune import _target_modules
 from adaptlora.finetune import FinetuneSpec, data, fetch, peft_twin, run, tasks
 from adaptlora.finetune import runner as runner_module
-from adaptlora.inspection import inspect_adapter
 from adaptlora.ops import _backend
 
 peft = pytest.importorskip("peft")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-WORDS = [
-    "who",
-    "what",
-    "when",
-    "where",
-    "is",
-    "was",
-    "the",
-    "a",
-    "cat",
-    "river",
-    "city",
-    "year",
-    "born",
-    "painted",
-    "built",
-    "name",
-    "of",
-    "in",
-]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Commands run in an empty folder: whatever they write is seen."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def invoke(*arguments, code=0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def tokenizer():
-    """One token for each word."""
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "?", ":", ",", "."])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]", model_max_length=20
-    )
-
-
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory):
-    """Folder of a small BERT and a tokenizer, without a head, as encoders come."""
-    folder = tmp_path_factory.mktemp("bert")
-    models.tiny_bert().bert.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=24,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=3,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def questions(path, count=60, text="text", label="label"):
-    """A table that can be learnt: the first word says the label."""
-    kinds = [("who", "person"), ("when", "time"), ("where", "place")]
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{text},{label}\n")
-        for i in range(count):
-            first, kind = kinds[i % 3]
-            file.write(f"{first} {WORDS[i % len(WORDS)]} of {WORDS[i // len(WORDS)]} ?,{kind}\n")
-    return path
-
-
+pytestmark = pytest.mark.usefixtures("elsewhere")
 SMALL = ("--steps", 12, "--batch-size", 8, "--r", 4, "--target-r", 2, "--lr", 0.01)
 
 
@@ -307,7 +222,10 @@ BAD = [
         "label_column must be one of the columns of t.csv",
     ),
     (["--model", "MODEL", "--data", "t.csv", "--task", "sorting"], "task must be one of classification, causal-lm"),
-    (["--model", "MODEL", "--data", "t.csv", "--method", "x"], "method must be one of normal, lora, got 'x'"),
+    (
+        ["--model", "MODEL", "--data", "t.csv", "--method", "x"],
+        "method must be one of normal, lora, lalora, nora, got 'x'",
+    ),
     (["--model", "MODEL", "--data", "t.csv", "--r", 0], "r must be an integer > 0, got 0"),
     (["--model", "MODEL", "--data", "t.csv", "--target-r", 9], "budget must be between 13"),
     (["--model", "MODEL", "--data", "t.csv", "--threshold", 1.5], "threshold must be in [0, 1), got 1.5"),
@@ -421,83 +339,7 @@ def test_target_modules_as_text():
     assert _target_modules(r".*\.(q|k){1,2}") == r".*\.(q|k){1,2}"
 
 
-# inspect
-
-
-def test_inspect_our_adapter(tmp_path):
-    model = models.tiny_bert()
-    config = adaptlora.LoraConfig(
-        r=4,
-        target_modules=["query", "value"],
-        modules_to_save=["classifier"],
-        rank_pattern={"layer.1.attention.self.value": 2},
-    )
-    adapter = adaptlora.attach(model, config)
-    models.randomise(adapter)
-    adapter.save(tmp_path / "a")
-    result = invoke("inspect", "a", "-o", "pictures/ranks.png")
-    for text in (
-        "bert.encoder.layer",
-        "1.attention.self.value",
-        "16→16",
-        "14 vectors in 4 modules, 3.50 on average",
-        "█",
-        "classifier",
-    ):
-        assert text in result.output
-    with Image.open("pictures/ranks.png") as image:
-        image.verify()
-    found = inspect_adapter("a")
-    assert {module.name: module.rank for module in found.modules} == adapter.ranks()
-    assert sum(module.parameters for module in found.modules) == adapter.summary()["adapter_parameters"]
-    layer = adapter.layers["bert.encoder.layer.1.attention.self.value"]
-    norms = (layer.lora_A.norm(dim=1) + layer.lora_B.norm(dim=0)).tolist()
-    expected = [min(1, norm / norms[0]) for norm in norms]
-    assert found.modules[-1].scores == pytest.approx(expected, rel=1e-5)
-
-
-def test_inspect_any_peft_adapter_layers_in_order(tmp_path):
-    """DoRA has tensors that adaptlora cannot train; they can be looked at."""
-    base = torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(11)])
-    targets = [str(i) for i in range(11)]
-    peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=targets, use_dora=True)).save_pretrained(
-        tmp_path / "dora"
-    )
-    found = inspect_adapter(tmp_path / "dora")
-    assert [module.name for module in found.modules] == targets
-    assert found.modules[0].scores == pytest.approx([1.0, *found.modules[0].scores[1:]])
-    assert len(found.others) == 11 and all("magnitude" in name for name in found.others)
-    assert "33 vectors in 11 modules" in invoke("inspect", "dora").output
-
-
-def test_inspect_refuses_what_it_cannot_read(tmp_path):
-    def refused(*arguments):
-        lines = [line for line in invoke("inspect", *arguments, code=2).stderr.splitlines() if line]
-        assert len(lines) == 1
-        return lines[0]
-
-    assert "must be a folder with adapter_config.json, got 'nowhere'" in refused("nowhere")
-    folder = tmp_path / "a"
-    folder.mkdir()
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config.write_text("{")
-    assert "must be a folder with adapter_model.safetensors" in refused("a")
-    weights.write_bytes(b"not tensors")
-    assert "must be JSON" in refused("a")
-    config.write_text('{"peft_type": "IA3"}')
-    assert "peft_type must be \"LORA\", got 'IA3'" in refused("a")
-    config.write_text('{"peft_type": "LORA", "r": 2}')
-    assert "must be a whole safetensors file" in refused("a")
-    from safetensors.torch import save_file
-
-    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 3)}, weights)
-    assert "x must hold lora_A (R, K) and lora_B (N, R) of one rank" in refused("a")
-    save_file({"y": torch.zeros(2)}, weights)
-    assert "must hold lora_A and lora_B of at least one module" in refused("a")
-    assert "out must end in .png, got 'picture.jpg'" in refused("a", "-o", "picture.jpg")
-
-
-def testbars():
+def test_bars():
     assert bars([1.0, 0.5, 0.0]) == "█▄ "
     assert bars([1.0] * 100) == "█" * 24
     assert bars([]) == ""

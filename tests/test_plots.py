@@ -1,9 +1,10 @@
 """Pictures: the grid behind the heat map, and files that are whole or not there."""
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
-from adaptlora.plots import _smoothed, describe_ranks, loss_curve, rank_grid, rank_heatmap
+from adaptlora.plots import _group_ticks, _smoothed, describe_ranks, loss_curve, rank_grid, rank_heatmap, rank_steps
 
 
 def test_grid_has_a_row_for_each_kind_and_a_column_for_each_layer():
@@ -45,12 +46,51 @@ def test_wide_models_and_rank_zero_everywhere(tmp_path):
     loss_curve({"ours": [0.0]}, tmp_path / "one.png")
 
 
+def history(groups, steps=20):
+    modules = {group: [f"{group}.q"] for group in groups}
+    changes = [[step, step % len(groups), 1 + step % 3] for step in range(1, steps + 1)]
+    return {"groups": modules, "start": [1] * len(groups), "changes": changes, "steps": steps}
+
+
+@pytest.mark.parametrize("count", [1, 6, 30, 210])
+def test_ranks_over_the_steps_for_few_and_many_groups(tmp_path, count):
+    path = rank_steps(history([f"h.{i}" for i in range(count)]), tmp_path / "new" / "steps.png")
+    with Image.open(path) as image:
+        image.verify()
+        assert image.format == "PNG" and max(image.size) < 1300
+    assert [path.name for path in path.parent.iterdir()] == ["steps.png"]
+
+
+def test_rank_steps_draws_the_table_and_its_sum(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.step", lambda self, *data, **style: drawn.update(sum=data[1]))
+    show = Axes.imshow
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.imshow",
+        lambda self, table, **style: drawn.update(table=table) or show(self, table, **style),
+    )
+    rank_steps(history(["h.0", "h.1"], steps=3), tmp_path / "steps.png")
+    assert drawn["table"].tolist() == [[1, 1, 3, 3], [1, 2, 2, 1]] and drawn["sum"] == [2, 3, 5, 4]
+
+
+def test_a_run_without_a_step_or_a_change(tmp_path):
+    rank_steps({"groups": {"h.0": ["q"]}, "start": [0], "changes": [], "steps": 0}, tmp_path / "steps.png")
+
+
+def test_group_ticks_stand_in_the_middle_of_a_layer_and_do_not_crowd():
+    assert _group_ticks(["h.0.q", "h.0.k", "h.0.v", "h.1.q", "pooler"]) == ([1, 3, 4], ["0", "1", "pooler"])
+    rows, names = _group_ticks([f"h.{i}" for i in range(100)])
+    assert rows == list(range(0, 100, 4)) and names[:2] == ["0", "4"]
+
+
 def test_nothing_to_draw_is_refused_before_a_file_is_there(tmp_path):
     with pytest.raises(ValueError, match="rank_heatmap: ranks must name at least one module"):
         rank_heatmap({}, tmp_path / "a.png")
     for losses in ({}, {"ours": []}):
         with pytest.raises(ValueError, match="loss_curve: losses must hold"):
             loss_curve(losses, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="rank history: groups must be"):
+        rank_steps(history(["h.0"]) | {"groups": {}}, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 

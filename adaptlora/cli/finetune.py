@@ -35,16 +35,19 @@ _OPTIONS = {  # help panel → field of FinetuneSpec → text
         "data_dir": "Where fetched models and data are.",
     },
     "Method": {
-        "method": f"{' or '.join(METHODS)}: ranks that adapt, or plain LoRA.",
-        "r": "Rank of every module at the start.",
-        "target_r": "Average rank after the clip.",
-        "threshold": "Instead of --target-r: keep vectors up to the last that scores above this, 0 ≤ threshold < 1.",
+        "method": f"{', '.join(METHODS)}: NormAL's one clip of the ranks, plain LoRA, La-LoRA's ranks that grow, or NoRA's nested pairs.",
+        "r": "Rank of every module at the start; lalora: the largest; nora: of the inner pair that trains.",
+        "target_r": "normal: average rank after the clip.",
+        "threshold": "normal, instead of --target-r: keep vectors up to the last that scores above this, 0 ≤ threshold < 1.",
         "lora_alpha": "Scaling is lora-alpha / r.",
         "lora_dropout": "Dropout of the adapter's input.",
         "target_modules": "all-linear, names separated by commas, or a regular expression for whole names.",
-        "t_p": "Step at which the penalty ends (without it: a third of the steps).",
-        "t_c": "Step at which the ranks are clipped (without it: 7/18 of the steps).",
-        "penalty_step": "proximal or gradient: shrink vectors after the optimizer's step, or through the loss.",
+        "t_p": "normal: step at which the penalty ends (without it: a third of the steps).",
+        "t_c": "normal: step at which the ranks are clipped (without it: 7/18 of the steps).",
+        "penalty_step": "normal: shrink vectors after the optimizer's step (proximal), or through the loss (gradient).",
+        "gamma": "lalora: how fast the budget of ranks grows with the norms of the factors.",
+        "temperature": "lalora: the higher, the more evenly the budget is shared out over the blocks.",
+        "r_out": "nora: rank of the frozen factors of the weights that the pair is trained between.",
     },
     "Training": {
         "lr": "AdamW's learning rate.",
@@ -54,7 +57,7 @@ _OPTIONS = {  # help panel → field of FinetuneSpec → text
         "decay": "Let the learning rate fall linearly to 0.",
         "seed": "Of initial values, order and dropout. The test set stays the same.",
         "device": "cpu, cuda or auto.",
-        "compare": "Train PEFT's LoRA of the same r on the same batches too, in turns.",
+        "compare": "Train PEFT's LoRA on the same batches too, in turns: of the same r, beside nora of as many parameters.",
     },
 }
 
@@ -89,6 +92,12 @@ A language model on prompts and answers:
 The same steps with plain LoRA, all ranks kept:
 
     adaptlora finetune --preset trec --method lora -o runs/trec-lora
+
+With La-LoRA, ranks from 1 up to 8 over the steps; with NoRA, 2 · 256 · 16 numbers a module:
+
+    adaptlora finetune --preset trec --method lalora --temperature 10 -o runs/trec-lalora
+
+    adaptlora finetune --preset trec --method nora --r 16 --r-out 256 -o runs/trec-nora
 """
 )
 def finetune(
@@ -120,6 +129,9 @@ def finetune(
     t_p: Annotated[int | None, _option("t_p")] = None,
     t_c: Annotated[int | None, _option("t_c")] = None,
     penalty_step: Annotated[str | None, _option("penalty_step")] = None,
+    gamma: Annotated[float | None, _option("gamma")] = None,
+    temperature: Annotated[float | None, _option("temperature")] = None,
+    r_out: Annotated[int | None, _option("r_out")] = None,
     lr: Annotated[float | None, _option("lr")] = None,
     steps: Annotated[int | None, _option("steps")] = None,
     batch_size: Annotated[int | None, _option("batch_size")] = None,
@@ -148,13 +160,12 @@ def finetune(
 ) -> None:
     """Fine-tune a model with adaptive-rank LoRA and see what it gave.
 
-    Prints test scores before training, at the clip and at the end, the rank of
-    every module, sizes before and after the clip, and the time of a step beside
-    PEFT's.
+    Prints test scores before training, at NormAL's clip and at the end, the rank
+    of every module, sizes, and the time of a step beside PEFT's.
 
-    Writes a PEFT adapter, pictures of ranks and losses, and report.json with
-    everything. The adapter is loaded back by stock PEFT before the command ends,
-    and must compute the same.
+    Writes a PEFT adapter, pictures of ranks and losses (for La-LoRA of the ranks
+    over the steps too), and report.json with everything. The adapter is loaded
+    back by stock PEFT before the command ends, and must compute the same.
     """
     os.environ.setdefault(
         "HF_HUB_OFFLINE", "1"
@@ -181,6 +192,8 @@ def _spec(preset_name: str | None, given: dict, short: bool) -> FinetuneSpec:
         given["target_modules"] = _target_modules(given["target_modules"])
     if preset_name is not None:
         base = preset(preset_name)
+        if given.get("method", base.method) != base.method:
+            base = replace(base, options={})  # they are fields of the preset's own method
         if "steps" in given:
             base = replace(base, t_p=None, t_c=None)
     else:

@@ -20,6 +20,8 @@ from .console import bars, one_clear_line
     adaptlora inspect runs/trec/adapter
 
     adaptlora inspect runs/trec/adapter -o ranks.png
+
+    adaptlora inspect runs/trec-lalora/adapter --over-steps steps.png
 """
 )
 def inspect(
@@ -32,6 +34,14 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also draw the ranks as a heat map, into this .png file.")
     ] = None,
+    over_steps: Annotated[
+        Path | None,
+        typer.Option(
+            "--over-steps",
+            help="Also draw the ranks over the steps of the run, into this .png file; for adapters with a rank_history.json, as"
+            " La-LoRA's have.",
+        ),
+    ] = None,
 ) -> None:
     """Show an adapter's modules: rank, shapes, parameters, scores. No model is needed.
 
@@ -41,13 +51,20 @@ def inspect(
     lora_B (N, rank).
     """
     from ..inspection import inspect_adapter
-    from ..plots import describe_ranks, rank_heatmap
+    from ..io import HISTORY_FILE
+    from ..plots import describe_ranks, rank_heatmap, rank_steps
 
     console = Console()
     with one_clear_line():
-        if out is not None and out.suffix.lower() != ".png":
-            raise ValueError(f"inspect: out must end in .png, got {str(out)!r}")
+        for name, picture in (("out", out), ("over_steps", over_steps)):
+            if picture is not None and picture.suffix.lower() != ".png":
+                raise ValueError(f"inspect: {name} must end in .png, got {str(picture)!r}")
         found = inspect_adapter(adapter)
+        history = found.history
+        if over_steps is not None and history is None:
+            raise ValueError(
+                f"inspect: over_steps needs a {HISTORY_FILE} in the adapter's folder, got none in {str(adapter)!r}"
+            )
         common = common_prefix([module.name for module in found.modules])
         if common:
             console.print(f"modules of [bold]{escape(common)}[/bold]", highlight=False)
@@ -62,10 +79,19 @@ def inspect(
         )
         for name, count in found.others.items():
             console.print(f"beside them: {name} ({count:,} parameters)", highlight=False, markup=False)
+        if history is not None:
+            console.print(
+                f"{HISTORY_FILE}: ranks over {history.steps} steps in {len(history.groups)} groups, {history.average_rank():.2f} on "
+                "average over the run",
+                highlight=False,
+            )
         if out is not None:
             top = max([*ranks.values(), config["r"] if isinstance(config.get("r"), int) else 0])
             rank_heatmap(ranks, out, max_rank=top, title=f"Ranks: {describe_ranks(ranks)}")
             console.print(f"heat map in {out}", highlight=False, markup=False, soft_wrap=True)
+        if over_steps is not None:
+            rank_steps(vars(history), over_steps)
+            console.print(f"ranks over the steps in {over_steps}", highlight=False, markup=False, soft_wrap=True)
 
 
 def common_prefix(names: list[str]) -> str:

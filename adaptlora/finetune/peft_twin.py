@@ -8,33 +8,47 @@ from torch import nn
 from ._extras import need
 
 
+def rank(adapter) -> int:
+    """PEFT's rank beside `adapter`: the configuration's r, for NoRA the one at which LoRA comes nearest to as many parameters."""
+    if not adapter.method.nested:
+        return adapter.config.r
+    a_rank = sum(layer.in_features + layer.out_features for layer in adapter.layers.values())
+    return max(1, round(adapter.summary()["adapter_parameters"] / a_rank))
+
+
 def twin(base: nn.Module, adapter) -> nn.Module:
-    """PEFT's plain LoRA on `base`, in place: same modules, rank, scaling and initial values as `adapter` has now.
+    """PEFT's plain LoRA on `base`, in place: same modules and scaling as `adapter`, its largest ranks and initial values.
+
+    Beside NoRA it has `rank(adapter)` everywhere, lora_alpha / r as the configuration's, and PEFT's own initial values.
 
     Args:
         base: a copy of the model as it was before the adapter.
-        adapter: an adaptlora.Adapter on another copy of it, all modules at the configuration's r.
+        adapter: an adaptlora.Adapter on another copy of it, as `attach` made it.
     """
     peft = need("peft", "the comparison with PEFT")
-    config = adapter.config
+    config, nested = adapter.config, adapter.method.nested
+    r = rank(adapter)
     model = peft.get_peft_model(
         base,
         peft.LoraConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha,
+            r=r,
+            lora_alpha=config.lora_alpha * (config.scaling(config.r, 1.0) / config.scaling(r, 1.0)),
             lora_dropout=config.lora_dropout,
             target_modules=list(adapter.layers),
             modules_to_save=config.modules_to_save,
             use_rslora=config.use_rslora,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
+            rank_pattern={} if nested else config.rank_pattern,
+            alpha_pattern={} if nested else config.alpha_pattern,
         ),
     )
+    if nested:
+        return model
     with torch.no_grad():
         for name, layer in adapter.layers.items():
             theirs = model.base_model.model.get_submodule(name)
-            theirs.lora_A["default"].weight.copy_(layer.lora_A)
-            theirs.lora_B["default"].weight.copy_(layer.lora_B)
+            lora_A, lora_B = layer.pair.whole()
+            theirs.lora_A["default"].weight.copy_(lora_A)
+            theirs.lora_B["default"].weight.copy_(lora_B)
     return model
 
 

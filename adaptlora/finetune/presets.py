@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 TASKS = ("classification", "causal-lm")
-METHODS = ("normal", "lora")
+# method → fields of FinetuneSpec that go into its configuration as they are, beside those that all have
+METHODS = {"normal": (), "lora": (), "lalora": ("gamma", "temperature"), "nora": ("r_out",)}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FinetuneSpec:
     max_length: int = 128
 
     method: str = "normal"
-    r: int = 8
+    r: int = 8  # La-LoRA: the largest rank; NoRA: rank of the inner pair
     target_r: float | None = 4.0
     threshold: float | None = None  # instead of target_r
     lora_alpha: float = 16
@@ -41,6 +42,9 @@ class FinetuneSpec:
     t_p: int | None = None  # None: a third of the steps
     t_c: int | None = None  # None: 7/18 of the steps
     penalty_step: str = "proximal"
+    gamma: float = 1.0  # La-LoRA
+    temperature: float = 1.0  # La-LoRA
+    r_out: int = 256  # NoRA
     options: Mapping[str, object] = field(
         default_factory=dict
     )  # further fields of the method's configuration; they win
@@ -56,7 +60,7 @@ class FinetuneSpec:
 
     generate: int = 40  # causal-lm with prompts: how many of them BLEU is computed on (0: no BLEU)
     new_tokens: int = 64
-    compare: bool = True  # train PEFT's LoRA of rank r on the same batches, for the ratios
+    compare: bool = True  # train PEFT's LoRA on the same batches: of rank r, or of as many parameters as NoRA
     device: str = "auto"
 
     def __post_init__(self):
@@ -106,9 +110,10 @@ class FinetuneSpec:
 
         Raises: ValueError, TypeError (as the configuration itself does).
         """
-        from adaptlora import LoraConfig, NormALConfig
+        from adaptlora import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 
-        kind = NormALConfig if self.method == "normal" else LoraConfig
+        kinds = {"normal": NormALConfig, "lora": LoraConfig, "lalora": LaLoRAConfig, "nora": NoRAConfig}
+        kind = kinds[self.method]
         unknown = [name for name in self.options if name not in {field.name for field in fields(kind)}]
         if unknown:
             raise ValueError(f"finetune: options must be fields of {kind.__name__}, got {', '.join(unknown)}")
@@ -121,6 +126,7 @@ class FinetuneSpec:
             else list(self.target_modules),
             "modules_to_save": modules_to_save,
             "seed": self.seed,
+            **{name: getattr(self, name) for name in METHODS[self.method]},
         }
         if self.method == "normal":
             values["penalty_step"] = self.penalty_step

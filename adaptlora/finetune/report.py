@@ -9,10 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plots import describe_ranks, rank_grid
+from ..rank_history import RankHistory
 
 OURS, PEFT = "ours", "peft"
 UNTIMED = 3  # first steps, which also fill caches and allocate the optimizer's state
 MAX_PEFT_DIFFERENCE = 1e-5  # relative, float32
+_METHODS = {"normal": "NormAL", "lora": "LoRA", "lalora": "La-LoRA", "nora": "NoRA"}
+_FIRST_SIZES = {"after": "before clip", "end": "at the start"}  # what "before" is, by the sizes that follow it
 _MOMENTS = {"before": "before training", "clip": "at the clip", "end": "at the end"}
 
 
@@ -32,7 +35,10 @@ class Report:
     t_p: int | None = None
     t_c: int | None = None
     ranks: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, dict[str, int]] = field(default_factory=dict)  # before | after | peft → summary's numbers
+    history: dict | None = None  # of ranks that change over the steps: what the method's `history` returns
+    # before the clip (else: at the start) | after it | end and compacted, where ranks grow | peft → summary's numbers
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    peft_r: int | None = None  # rank of PEFT's LoRA
     peft_difference: float | None = None  # of the logits after reloading with PEFT: max |Δ| / max |logit|
     files: dict[str, str] = field(default_factory=dict)
     total_seconds: float = 0.0
@@ -53,13 +59,20 @@ class Report:
                 table[phase] = row | ({"ratio": row[OURS] / row[PEFT]} if PEFT in row else {})
         return table
 
+    def run_average(self) -> float | None:
+        """Average rank over modules and steps, of ranks that change over the steps."""
+        return None if self.history is None else RankHistory(**self.history).average_rank()
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"step_times": self.step_times()}, indent=1, ensure_ascii=False) + "\n"
+        derived = {"step_times": self.step_times(), "run_average": self.run_average()}
+        return json.dumps(asdict(self) | derived, indent=1, ensure_ascii=False) + "\n"
 
     def print(self, console: Console) -> None:
         """Tables: scores, ranks, sizes, step times, files."""
         self._print_table(console, f"Test scores ({self.data['test']} examples)", self._score_table())
-        console.print(f"Ranks: {describe_ranks(self.ranks)}", style="bold", highlight=False)
+        average = self.run_average()
+        over_the_run = "" if average is None else f" at the end, {average:.2f} over the run"
+        console.print(f"Ranks: {describe_ranks(self.ranks)}{over_the_run}", style="bold", highlight=False)
         for line in self._rank_lines(console.width):
             console.print(line, highlight=False, markup=False)
         console.print()
@@ -85,8 +98,8 @@ class Report:
     def label(self, learner: str) -> str:
         """Name of a learner for people."""
         if learner == PEFT:
-            return f"PEFT LoRA r={self.spec['r']}"
-        return {"normal": "NormAL", "lora": "LoRA"}[self.spec["method"]]
+            return f"PEFT LoRA r={self.peft_r}"
+        return _METHODS[self.spec["method"]]
 
     def _score_table(self) -> Table:
         table = _table()
@@ -125,10 +138,12 @@ class Report:
     def _size_table(self) -> Table:
         table = _table()
         table.add_column("")
-        clipped = "after" in self.sizes
+        before = next((text for key, text in _FIRST_SIZES.items() if key in self.sizes), self.label(OURS))
         columns = {
-            "before": "before clip" if clipped else self.label(OURS),
+            "before": before,
             "after": "after clip",
+            "end": "at the end",
+            "compacted": "compacted",
             "peft": self.label(PEFT),
         }
         shown = {key: text for key, text in columns.items() if key in self.sizes}
@@ -138,11 +153,14 @@ class Report:
                 table.add_column("change", justify="right")
         rows = {
             "trainable_parameters": "trained parameters",
-            "adapter_parameters": "LoRA parameters",
-            "adapter_bytes": "LoRA bytes",
+            "adapter_parameters": "adapter parameters",
+            "adapter_bytes": "adapter bytes",
             "optimizer_bytes": "optimizer bytes",
+            "outer_bytes": "frozen factors, bytes",
         }
         for name, text in rows.items():
+            if name not in self.sizes["before"]:
+                continue
             cells = []
             for key in shown:
                 value = self.sizes[key].get(name)

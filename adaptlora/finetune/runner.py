@@ -11,12 +11,15 @@ from pathlib import Path
 import adaptlora
 
 from .. import doctor, plots
+from ..io import HISTORY_FILE
 from . import data as data_module
 from . import peft_twin, tasks
 from ._extras import need
 from .presets import FinetuneSpec, check_paths
 from .report import MAX_PEFT_DIFFERENCE, OURS, PEFT, Report
 from .train import Learner, seed_everything, train
+
+_OF_SOME_METHODS = ("steps.png", f"adapter/{HISTORY_FILE}")
 
 Watch = Callable[[str, int, int, str], None]  # stage, done, total, note
 
@@ -25,8 +28,8 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     """Fine-tune as the spec says.
 
     Args:
-        out: folder for adapter/, ranks.png, loss.png and report.json, replacing files of these names; they appear when
-            everything is done, and not before. None: nothing is written.
+        out: folder for adapter/, ranks.png, loss.png, report.json and La-LoRA's steps.png, replacing files of these names; they
+            appear when everything is done, and not before. None: nothing is written.
         watch: called with (stage, done, total, note) as the work goes on.
     Returns: the report, complete.
     Raises: ValueError, TypeError (arguments, data; before training), MissingExtraError,
@@ -45,7 +48,7 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     watch("loading", 2, 3, "adapter")
     seed_everything(spec.seed)
     base = model if not spec.compare else task.model()
-    adapter = adaptlora.attach(model, spec.config(task.heads(model) or None))
+    adapter = _attach(task, model, watch)
     learners = {OURS: Learner(model, adapter.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, adapter=adapter)}
     if spec.compare:
         theirs = peft_twin.twin(base, adapter)
@@ -58,12 +61,24 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
         machine=doctor.machine(),
         data={"train": len(data.train), "test": len(data.test), "duplicates": data.duplicates},
         higher_is_better=task.scores,
+        peft_r=peft_twin.rank(adapter) if spec.compare else None,
     )
     _learn(task, learners, report, watch)
     report.total_seconds = time.perf_counter() - started
     if out is not None:
         _write(report, task, adapter, Path(out), watch, started)
     return report
+
+
+def _attach(task, model, watch: Watch) -> adaptlora.Adapter:
+    config = task.spec.config(task.heads(model) or None)
+    calibration = next(task.batches()) if getattr(config, "outer", None) == "activation" else None
+    return adaptlora.attach(
+        model,
+        config,
+        calibration=calibration,
+        progress=lambda done, total: watch("factorising", done, total, "base weights"),
+    )
 
 
 def _need_extras(spec: FinetuneSpec, out) -> None:
@@ -90,8 +105,9 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
             report.scores[name][moment] = task.evaluate(learners[name].model)
         watch(stage, len(names), len(names), _scores_text(report.scores[OURS][moment]))
 
-    evaluate("before", "test before training", [OURS])
-    if PEFT in learners:  # B = 0 in both: they are still the same function
+    same = PEFT in learners and not adapter.method.nested  # B = 0 in both: they are still the same function
+    evaluate("before", "test before training", [OURS] if same else list(learners))
+    if same:
         report.scores[PEFT]["before"] = report.scores[OURS]["before"]
     watch("training", 0, spec.steps, "")
     steps = train(learners, task.batches(), steps=spec.steps, seed=spec.seed, warmup=spec.warmup, decay=spec.decay)
@@ -100,13 +116,17 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
             report.losses[name].append(result.loss)
             report.seconds[name].append(result.seconds)
         watch("training", step.number, spec.steps, f"loss {step.results[OURS].loss:.3f}, {adapter.method.phase}")
-        if step.results[OURS].change is not None:
+        if step.number == adapter.method.t_c:
             report.sizes["after"] = _counts(adapter.summary())
             evaluate("clip", "test at the clip", list(learners))
+    if adapter.method.parks:
+        report.sizes["end"] = _counts(adapter.summary())
+        adapter.compact()
+        report.sizes["compacted"] = _counts(adapter.summary())
     evaluate("end", "test at the end", list(learners))
 
     report.sizes["before"] = _counts(learners[OURS].first_summary)
-    report.ranks = adapter.ranks()
+    report.ranks, report.history = adapter.ranks(), adapter.method.history()
     report.t_p, report.t_c = adapter.method.t_p, adapter.method.t_c
     if PEFT in learners:
         report.sizes["peft"] = peft_twin.sizes(learners[PEFT].model, learners[PEFT].optimizer)
@@ -114,7 +134,7 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
 
 def _counts(summary: dict) -> dict[str, int]:
     # Between steps there are no gradients to count.
-    counted = ("_parameters", "adapter_bytes", "optimizer_bytes")
+    counted = ("_parameters", "adapter_bytes", "optimizer_bytes", "outer_bytes")
     return {name: value for name, value in summary.items() if name.endswith(counted)}
 
 
@@ -139,7 +159,6 @@ def _write(report: Report, task, adapter, out: Path, watch: Watch, started: floa
                 f" (relative), got {report.peft_difference:.2e}; nothing was written"
             )
         watch("writing", 2, 3, "pictures")
-        names = {OURS: report.label(OURS), PEFT: report.label(PEFT)}
         plots.rank_heatmap(
             report.ranks,
             partial / "ranks.png",
@@ -147,12 +166,15 @@ def _write(report: Report, task, adapter, out: Path, watch: Watch, started: floa
             title=f"Ranks: {plots.describe_ranks(report.ranks)}",
         )
         plots.loss_curve(
-            {names[name]: losses for name, losses in report.losses.items()},
+            {report.label(name): losses for name, losses in report.losses.items()},
             partial / "loss.png",
             t_p=report.t_p,
             t_c=report.t_c,
         )
-        report.files = {name: str(out / name) for name in ("adapter", "ranks.png", "loss.png", "report.json")}
+        if report.history is not None:
+            plots.rank_steps(report.history, partial / "steps.png")
+        names = ["adapter", *sorted(file.name for file in partial.glob("*.png")), "report.json"]
+        report.files = {name: str(out / name) for name in names}
         report.total_seconds = time.perf_counter() - started
         (partial / "report.json").write_text(report.to_json(), encoding="utf-8")
         files = sorted(
@@ -162,6 +184,9 @@ def _write(report: Report, task, adapter, out: Path, watch: Watch, started: floa
             target = out / file.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
+        for name in _OF_SOME_METHODS:
+            if partial / name not in files:
+                (out / name).unlink(missing_ok=True)  # another run's: it would not belong to what lies beside it now
         watch("writing", 3, 3, "")
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,84 @@
+"""Ranks over the steps of a run: what La-LoRA's `Method.history` gives and rank_history.json holds, checked and expanded."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .io import HISTORY_FILE
+
+
+def _are_counts(values, least: int = 0) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= least for value in values)
+
+
+@dataclass(frozen=True)
+class RankHistory:
+    """
+    groups: {group: its modules}.   start: the groups' ranks before the first step.
+    changes: [[step, group's number, its rank after that step], …], steps from 1, ascending.   steps: how many were made.
+
+    Raises: ValueError on construction (field, rule, value).
+    """
+
+    groups: dict[str, list[str]]
+    start: list[int]
+    changes: list[list[int]]
+    steps: int
+
+    def __post_init__(self):
+        def rule(name, holds, text):
+            if not holds:
+                raise ValueError(f"rank history: {name} must be {text}, got {str(getattr(self, name))[:80]}")
+
+        groups, count = self.groups, len(self.groups) if isinstance(self.groups, dict) else 0
+        named = count and all(
+            isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+            for names in groups.values()
+        )
+        rule("groups", named, "lists of module names by group, none empty")
+        rule("start", _are_counts(self.start) and len(self.start) == count, f"a rank for each of {count} groups")
+        rule("steps", _are_counts([self.steps]), "an integer ≥ 0")
+        rule("changes", isinstance(self.changes, list), "a list")
+        last = 1
+        for change in self.changes:
+            whole = _are_counts(change) and len(change) == 3
+            if not whole or not last <= change[0] <= self.steps or change[1] >= count:
+                raise ValueError(
+                    f"rank history: changes must be [step, group's number, rank], ascending, with steps of {self.steps} and "
+                    f"{count} groups, got {str(change)[:80]}"
+                )
+            last = change[0]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "RankHistory | None":
+        """The history in an adapter's folder; None where there is none.  Raises: ValueError (a damaged file)."""
+        file = Path(folder) / HISTORY_FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"inspect: {file} must hold the ranks over the steps of a run: {error}") from error
+
+    def table(self) -> torch.Tensor:
+        """(groups, steps + 1) int64: each group's rank before the first step and after every step."""
+        differences = torch.zeros(len(self.groups), self.steps + 1, dtype=torch.int64)
+        now = list(self.start)
+        differences[:, 0] = torch.tensor(now)
+        for step, group, rank in self.changes:
+            differences[group, step] += rank - now[group]
+            now[group] = rank
+        return differences.cumsum(1)
+
+    def average_rank(self) -> float:
+        """Mean over modules and steps of the rank that a step was computed with; without a step that of the start."""
+        sizes = torch.tensor([len(names) for names in self.groups.values()])
+        during = self.table()[:, : max(1, self.steps)].double().mean(1)
+        return ((during * sizes).sum() / sizes.sum()).item()
+
+    def final_ranks(self) -> dict[str, int]:
+        """{module: its rank after the last step}"""
+        ranks = self.table()[:, -1].tolist()
+        return {name: rank for names, rank in zip(self.groups.values(), ranks, strict=True) for name in names}
