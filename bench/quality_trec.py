@@ -1,10 +1,11 @@
-"""Test accuracy of MiniLM on TREC-6 over seeds: NormAL at average rank 4 and 2 beside plain LoRA, same steps and batches.
+"""Test accuracy of MiniLM on TREC-6 over seeds: NormAL, La-LoRA and NoRA beside plain LoRA, same steps and batches.
 
     python bench/quality_trec.py --seeds 3            # every variant; resumable: finished runs are not repeated
     python bench/quality_trec.py --only lora-r8 --seeds 5
 
-The preset's schedule and penalty step were chosen by this table. One run is one to two minutes on one thread; results go to
-bench/results/quality_trec.json as they come, and the table of means and standard deviations is printed at the end.
+The preset's schedule and penalty step were chosen by this table. One run is about two minutes on one thread; results go to
+bench/results/quality_trec.json as they come, and the table of means and standard deviations is printed at the end. A variant `…-as-lora`
+is plain LoRA at the average rank, rounded, that La-LoRA ended with at the same seed.
 """
 
 import argparse
@@ -28,6 +29,16 @@ def normal(target_r=4.0, t_p=60, t_c=70, penalty_step="proximal", **options):
     return fields | {"options": options}
 
 
+def lalora(gamma, temperature):
+    return {"method": "lalora", "r": 8, "gamma": gamma, "temperature": temperature}
+
+
+def nora(inner_init="sigma", outer="weight", **fields):
+    # lora_alpha = r: the update that is taken out of W at the start is then W's own best approximation of rank r.
+    options = {"inner_init": inner_init, "outer": outer}
+    return {"method": "nora", "r": 16, "r_out": 256, "lora_alpha": 16, "options": options} | fields
+
+
 VARIANTS = {
     "lora-r8": {"method": "lora", "r": 8},
     "lora-r4": {"method": "lora", "r": 4},
@@ -42,11 +53,29 @@ VARIANTS = {
     "normal-4-no-penalty": normal(penalty="none"),
     "normal-2-proximal": normal(target_r=2.0),
     "normal-2-gradient": normal(target_r=2.0, penalty_step="gradient"),
+    "lalora-gamma1": lalora(1.0, 1.0),
+    "lalora-gamma1-temperature10": lalora(1.0, 10.0),
+    "lalora-gamma1.5-temperature10": lalora(1.5, 10.0),
+    "lalora-gamma4-temperature10": lalora(4.0, 10.0),  # at the largest rank everywhere from step 25 on
+    "lalora-gamma1-temperature10-as-lora": {"method": "lora", "like": "lalora-gamma1-temperature10"},
+    "lalora-gamma1.5-temperature10-as-lora": {"method": "lora", "like": "lalora-gamma1.5-temperature10"},
+    "lora-r7": {"method": "lora", "r": 7},  # 290,304 numbers, NoRA's 294,912
+    "nora-sigma": nora(),
+    "nora-sigma-lr5e-4": nora(lr=5e-4),
+    "nora-kaiming": nora(inner_init="kaiming"),
+    "nora-activation": nora(outer="activation"),
 }
 
 
 def spec_of(variant: str, seed: int, data_dir: str):
-    fields = VARIANTS[variant]
+    fields = dict(VARIANTS[variant])
+    if like := fields.pop("like", None):
+        run_like = load()["runs"].get(f"{like}/{seed}")
+        if run_like is None:
+            raise ValueError(
+                f"quality_trec: {variant} needs the average rank of {like} at seed {seed}, which must run first"
+            )
+        fields["r"] = max(1, round(statistics.mean(run_like["ranks"])))
     base = dataclasses.replace(preset("trec"), compare=False, seed=seed, data_dir=data_dir, options={})
     if fields["method"] == "lora":
         # alpha / r is kept, so that ranks differ in capacity and not in step size.
@@ -71,18 +100,24 @@ def table() -> str:
     by_variant: dict[str, list[dict]] = {}
     for key, result in load()["runs"].items():
         by_variant.setdefault(key.rsplit("/", 1)[0], []).append(result)
-    lines = ["| variant | seeds | accuracy | std | at the clip | adapter parameters |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| variant | seeds | accuracy | std | at the clip | average rank at the end | over the run | adapter parameters |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for variant in VARIANTS:
         runs = by_variant.get(variant)
         if runs:
             accuracy = [r["accuracy"] for r in runs]
             clip = [r["clip"] for r in runs if r["clip"] is not None]
+            over_the_run = [r["run_average"] for r in runs if r.get("run_average") is not None]
             cells = (
                 variant,
                 len(runs),
                 f"{statistics.mean(accuracy):.4f}",
                 f"{statistics.stdev(accuracy):.4f}" if len(runs) > 1 else "–",
                 f"{statistics.mean(clip):.4f}" if clip else "–",
+                f"{statistics.mean(rank for r in runs for rank in r['ranks']):.2f}",
+                f"{statistics.mean(over_the_run):.2f}" if over_the_run else "–",
                 round(statistics.mean(r["parameters"] for r in runs)),
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -105,12 +140,14 @@ def main() -> None:
             if key in load()["runs"]:
                 continue
             report = run(spec_of(variant, seed, options.data_dir))
-            scores, sizes = report.scores["ours"], report.sizes
+            scores = report.scores["ours"]
+            final = next(report.sizes[at] for at in ("compacted", "after", "before") if at in report.sizes)
             result = {
                 "accuracy": scores["end"]["accuracy"],
                 "clip": scores.get("clip", {}).get("accuracy"),
-                "parameters": sizes.get("after", sizes["before"])["adapter_parameters"],
+                "parameters": final["adapter_parameters"],
                 "ranks": list(report.ranks.values()),
+                "run_average": report.run_average(),
             }
             store(key, result)
             print(key, result["accuracy"], f"{report.total_seconds:.0f} s", flush=True)
