@@ -185,7 +185,9 @@ def write(adapter, path, *, fold_residual: bool = True) -> None:
         tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
     peft.write_folder(Path(path), _peft_config(adapter, ranks), tensors, {})
-    history = adapter.method.history()
-    if history is not None:
-        with atomic_file(Path(path) / HISTORY_FILE) as temporary:
+    history, file = adapter.method.history(), Path(path) / HISTORY_FILE
+    if history is None:
+        file.unlink(missing_ok=True)  # an adapter that was here before had one, of other ranks
+    else:
+        with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(history) + "\n", encoding="utf-8")

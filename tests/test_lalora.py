@@ -478,6 +478,8 @@ def test_a_saved_adapter_is_a_peft_adapter_of_todays_ranks(tmp_path):
     for _, group, rank in history["changes"]:
         ranks[group] = rank
     assert ranks == adapter.method.group_ranks
+    ours.save(tmp_path)
+    assert not (tmp_path / "rank_history.json").exists()
 
 
 def test_a_file_whose_groups_differ_within_is_refused(tmp_path):
