@@ -17,6 +17,11 @@ def svd(core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.linalg.svd(core, full_matrices=False) if kernels is None else kernels.svd(core)
 
 
+def lapack(tensor: torch.Tensor) -> bool:
+    """Whether it is LAPACK that factorizes: on a CPU, but for Triton's interpreter."""
+    return tensor.is_cpu and _backend.choose(tensor) != "triton"
+
+
 def _kernels(tensor: torch.Tensor, module: str):
     """The module beside the Triton kernels; on a CPU it is LAPACK through torch that factorizes."""
     return _backend.kernels(tensor, module) if _backend.choose(tensor) == "triton" else None
