@@ -31,7 +31,7 @@ def gram_svd(W: torch.Tensor, k: int, seed: int):
     """
     M = W if W.shape[0] >= W.shape[1] else W.mT
     eps = torch.finfo(M.dtype).eps
-    V = torch.linalg.eigh(_gram(M)).eigenvectors.mT[-k:].flip(0)
+    V = torch.linalg.eigh(_gram(M)).eigenvectors.mT[-k:]
     Y = V @ M.mT
     S, V, Y = _descending(torch.linalg.vector_norm(Y, dim=1), V, Y)
     U = Y / S[:, None]
