@@ -172,7 +172,11 @@ def test_rounds_once(backend, dtype):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("trained", [{"lora_A"}, {"lora_B"}, {"rank_scale"}, {"x"}, {"y"}, {"y", "lora_B"}], ids=str)
+@pytest.mark.parametrize(
+    "trained",
+    [{"lora_A"}, {"lora_B"}, {"rank_scale"}, {"x"}, {"y"}, {"y", "lora_B"}],
+    ids=lambda names: "+".join(sorted(names)),
+)
 def test_subsets_of_gradients(backend, trained, p):
     case = DeltaCase(p=p)
     sample = case.sample()

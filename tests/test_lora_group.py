@@ -264,7 +264,11 @@ def test_unused_outputs(request, kind, used, p):
 
 
 @pytest.mark.parametrize("kind", ["each alone", "fused"])
-@pytest.mark.parametrize("trained", [{"x"}, {"lora_A"}, {"lora_B"}, {"rank_scale"}, {"x", "rank_scale"}], ids=str)
+@pytest.mark.parametrize(
+    "trained",
+    [{"x"}, {"lora_A"}, {"lora_B"}, {"rank_scale"}, {"x", "rank_scale"}],
+    ids=lambda names: "+".join(sorted(names)),
+)
 def test_subsets_of_gradients(request, kind, trained):
     """Whatever needs no gradient gets none, and the others are what they are when all are asked for."""
     if kind == "fused":
