@@ -167,7 +167,9 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "trained", [{"lora_A"}, {"lora_B"}, {"rank_scale"}, {"x"}, {"lora_A", "lora_B"}, {"x", "rank_scale"}], ids=str
+    "trained",
+    [{"lora_A"}, {"lora_B"}, {"rank_scale"}, {"x"}, {"lora_A", "lora_B"}, {"x", "rank_scale"}],
+    ids=lambda names: "+".join(sorted(names)),
 )
 def test_subsets_of_gradients(backend, trained, p):
     """Whatever needs no gradient gets none, and the others are what they are when all are asked for."""
