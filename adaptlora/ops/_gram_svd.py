@@ -31,15 +31,15 @@ def gram_svd(W: torch.Tensor, k: int, seed: int):
     """
     M = W if W.shape[0] >= W.shape[1] else W.mT
     eps = torch.finfo(M.dtype).eps
-    V = torch.linalg.eigh(_gram(M)).eigenvectors.mT[-k:]
-    Y = V @ M.mT
-    S, V, Y = _descending(torch.linalg.vector_norm(Y, dim=1), V, Y)
-    U = Y / S[:, None]
+    V = torch.linalg.eigh(_gram(M)).eigenvectors.mT[-k:].flip(0)
+    U = V @ M.mT
+    S = torch.linalg.vector_norm(U, dim=1)
+    U /= S[:, None]
     probes = gaussian(sum(M.shape), _PROBES, seed, M).mT.split(M.shape, dim=1)
     if not _largest(probes[1][:, :k] @ U @ U.mT - probes[1][:, :k]) <= _ORTHONORMAL * eps:  # NaN where σ_i = 0
-        Q, R = qr(Y.mT)
-        diagonal = R.diagonal()
-        S, V, U = _descending(diagonal.abs(), V, Q.mT * torch.where(diagonal < 0, -1, 1)[:, None])
+        Q, R = qr(M @ V.mT)
+        S, U = R.diagonal().abs(), Q.mT * torch.where(R.diagonal() < 0, -1, 1)[:, None]
+    S, U, V = _descending(S, U, V)
     residual = _residual(M, U, S, V, probes)
     if residual > _ACCURATE * eps:
         U, S, V = svd(M)
@@ -59,7 +59,9 @@ def _gram(M: torch.Tensor) -> torch.Tensor:
 
 
 def _descending(S: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """S from its largest on, and the rows that belong to it: rounding swaps neighbours."""
+    """S from its largest on, and the rows that belong to it, which are copied only where rounding has swapped neighbours."""
+    if (S[1:] <= S[:-1]).all():
+        return S, *rows
     S, order = S.sort(descending=True, stable=True)
     return S, *(matrix[order] for matrix in rows)
 
