@@ -3,7 +3,7 @@
 GFLOP of a block, with n the smaller side, m the larger one and k = min(256, n): lower triangles of the Gram matrices, 5/8 · 2 m n² in
 blocks of a quarter, 2.4; M V, 2 m n k, 1.8; eigenproblems of 576 (five) and 192 (two), about 9/2 n³, 4.4, a third of it products of a
 matrix and a vector. Predicted from single calls on one thread of an EPYC with AVX2, two of them at a time: 2 · 38 + 3 · 48 + 2 · 4 =
-228 ms, 114 a block, beside 395 for SVDs on two threads: 3.5 times faster. Left out of that: QR of a third of the weights, SVDs of a few.
+228 ms, 114 a block, beside 395 for SVDs on two threads: 3.5 times faster. Left out: QR of nearly half of the weights, SVDs of one in 23.
 
 Ten times faster would be 40 ms a block. The eigenproblems alone, five of 32 ms and two of 2, are 82: no path through them is more than
 4.8 times faster. A sketch of l = 272 columns without a single iteration is no way out: two products with W, QR of both, the core's
