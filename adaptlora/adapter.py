@@ -120,6 +120,23 @@ def load(model: nn.Module, path, *, progress=None) -> "Adapter":
     return adapter
 
 
+def _like(weighting: torch.Tensor | None, layer) -> torch.Tensor | None:
+    return None if weighting is None else weighting.to(layer.outer_S)
+
+
+def _outer_state(layer) -> dict:
+    return layer.outer._asdict() | {"weighting": layer.weighting, "residual": layer.residual}
+
+
+def _check_outer_state(layer, state: dict) -> None:
+    """Raises: ValueError if a nested layer's frozen factors, or what was taken out of its base, cannot be those of `state`."""
+    layer.check_outer(Outer(*(state[field] for field in Outer._fields)))
+    if state["residual"] != layer.residual:
+        raise ValueError(
+            f"what was taken out of the base must be of (rank, scaling) {layer.residual}, got {state['residual']}"
+        )
+
+
 def _unwrapped(optimizer):
     """The optimizer that makes the steps: wrappers, accelerate's among them, may be optimizers by class and hold another one."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
@@ -130,21 +147,17 @@ def _unwrapped(optimizer):
 
 
 def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
-    """Tell a method that looks at gradients or composes factors when the optimizer steps; the optimizer does not keep it alive."""
+    """Tell a method that looks at gradients when the optimizer is about to step; the optimizer does not keep it alive."""
+    if type(method).before_optimizer_step is Method.before_optimizer_step:
+        return
     reference = weakref.ref(method)
 
-    def hook(name: str):
-        def call(*_):
-            alive = reference()
-            if alive is not None:
-                getattr(alive, name)()
+    def hook(stepping, *_):
+        alive = reference()
+        if alive is not None:
+            alive.before_optimizer_step(stepping)
 
-        return call
-
-    if type(method).before_optimizer_step is not Method.before_optimizer_step:
-        optimizer.register_step_pre_hook(hook("before_optimizer_step"))
-    if type(method).after_optimizer_step is not Method.after_optimizer_step:
-        optimizer.register_step_post_hook(hook("after_optimizer_step"))
+    optimizer.register_step_pre_hook(hook)
 
 
 class Adapter:
@@ -204,7 +217,7 @@ class Adapter:
                 "track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them"
             )
         for layer in self.layers.values():
-            layer.pair.track(optimizer)
+            layer.track(optimizer)
         if optimizer not in self._watched:
             self._watched.add(optimizer)
             _watch(optimizer, self.method)
@@ -219,8 +232,8 @@ class Adapter:
         Tell the method that an optimizer step was made. Ranks may change here, physically and with optimizer state.
 
         Args:
-            loss: task loss of that step without the penalty: number or one-element tensor. Only adaptive schedules need it;
-                it is checked wherever it is given.
+            loss: task loss of that step without the penalty: number or one-element tensor. Only adaptive schedules need it; it is
+                checked where it is given, but on a GPU nobody waits for one that is not needed.
         Returns: RankChange if ranks changed, else None.
         Raises: ValueError (loss not finite or missing, optimizer not tracked), TypeError (an optimizer's state that cannot
             follow). Ranks, weights, optimizer state and the method are then as before.
@@ -269,6 +282,8 @@ class Adapter:
         if loss is None:
             if self.method.needs_loss():
                 raise ValueError("step: loss must be given to an adaptive schedule, got None")
+            return None
+        if isinstance(loss, torch.Tensor) and loss.device.type != "cpu" and not self.method.needs_loss():
             return None
         try:
             value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
@@ -368,6 +383,11 @@ class Adapter:
 
     def _fill(self, stored) -> None:
         io.check_fits(stored, self)
+        if self.method.nested:
+            for name, outer in stored.outer.outers.items():
+                self.layers[name].take_outer(outer)
+            for name, layer in self.layers.items():
+                layer.weighting = _like(stored.outer.weightings.get(name), layer)
         self._take(stored.factors, stored.scalings)
         for name, tensors in stored.saved.items():
             self.saved[name].load_state_dict(tensors)
@@ -383,13 +403,18 @@ class Adapter:
     def _take(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]) -> None:
         """Checked ranks, weights and scalings from outside; a module without any gets rank 0."""
         ranks = {name: factors[name][0].shape[0] if name in factors else 0 for name in self.layers}
-        self.method.start_from(ranks)
+        self.method.check_ranks(ranks)
         self._commit(ranks, compact=True)
+        if self.method.parks:
+            # Room to grow into, as there was at first: vectors are drawn, and parked.
+            self._commit(self.method.largest_ranks(), compact=False)
+            self._commit(ranks, compact=False)
         with torch.no_grad():
             for name, (lora_A, lora_B) in factors.items():
                 self.layers[name].lora_A.copy_(lora_A)
                 self.layers[name].lora_B.copy_(lora_B)
                 self.layers[name].scaling = scalings[name]
+        self.method.start_from(ranks)
 
     def replace_factors(
         self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]
@@ -424,7 +449,7 @@ class Adapter:
         return {
             "factors": {name: {f: getattr(layer, f).detach() for f in FACTORS} for name, layer in self.layers.items()},
             "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
-            "outer": {name: layer.outer._asdict() for name, layer in self.layers.items()} if self.method.nested else {},
+            "outer": {name: _outer_state(layer) for name, layer in self.layers.items()} if self.method.nested else {},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
             "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
             "method": self.method.state_dict(),
@@ -459,13 +484,23 @@ class Adapter:
                     f"load_state_dict: {field} must have the adapter's entries, got a difference in {different[:5]}"
                 )
         for name, layer in self.layers.items():
+            scaling = state["scalings"][name]
+            if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
+                raise ValueError(f"load_state_dict: scalings must give {name} a finite number, got {scaling!r}")
             try:
                 layer.pair.check_parked(state["parked"][name])
+                if self.method.nested:
+                    _check_outer_state(layer, state["outer"][name])
             except ValueError as error:
                 raise ValueError(f"load_state_dict: {name}: {error}") from error
+        try:
+            self.method.check_state(state["method"])
+        except ValueError as error:
+            raise ValueError(f"load_state_dict: {error}") from error
         self._commit({name: pair["lora_A"].shape[0] for name, pair in factors.items()}, compact=True)
         for name, outer in state["outer"].items():
-            self.layers[name].take_outer(Outer(**outer))
+            self.layers[name].take_outer(Outer(*(outer[field] for field in Outer._fields)))
+            self.layers[name].weighting = _like(outer["weighting"], self.layers[name])
         with torch.no_grad():
             for name, pair in factors.items():
                 for factor in FACTORS:
@@ -505,7 +540,7 @@ class Adapter:
             merged, original = layer.base_layer.weight, self._unmerged[name]
             original.data = original.data.to(merged)
             layer.base_layer.weight = original
-            layer.pair.to(merged.device)
+            layer.to(merged.device)
             _replace(self.model, name, layer)
         self._unmerged = None
         _set_fused_encoders(self.model, self.layers, self._fused)

@@ -191,8 +191,8 @@ class LaLoRAConfig(LoraConfig):
         interval: optimizer steps from one allocation to the next.
         group_by: "block": the modules of a transformer block share one rank, modules outside any block stand alone; "module".
         temperature: > 0; shares are softmax(contribution / temperature).
-        fidelity: "truncation": factors ‖X_{|r_i}‖ / ‖X‖ of the same step; "previous": ‖X_{|r_i}‖ of the last allocation's step over
-            ‖X‖, Eq. 10 as printed; "off": 1.
+        fidelity: "truncation": factors ‖X_{|r_i}‖ / ‖X‖ of the same step; "previous": ‖X_{|r_i}‖ at the last allocation over the
+            same norm now, Eq. 10 as printed; "off": 1.
         growth: "current": norms of both steps at today's rank; "own": each step's at the rank that it had.
         contribution: "norm" (Eq. 9), or "fisher": the squared gradients of the active vectors, smoothed over steps.
         ema: α of that smoothing, in [0, 1).

@@ -74,10 +74,15 @@ def check_fits(stored, adapter) -> None:
         check_pair(op, name, lora_A, lora_B, adapter.layers[name])
     if nested:
         for name, layer in adapter.layers.items():
-            if name not in stored.factors:
-                raise ValueError(f"{op}: its modules must be all that are adapted, got none for {name!r}")
             stored.outer.check_weight(name, layer.weight_checksum)
             stored.outer.check_outer(name, layer.outer)
+            if name in stored.outer.outers:
+                layer.check_outer(stored.outer.outers[name])
+            residual = stored.residual(name)
+            if residual != layer.residual:
+                raise ValueError(
+                    f"{op}: what was taken out of the base of {name} must be of (rank, scaling) {layer.residual}, got {residual}"
+                )
     check_saved(op, stored.saved, adapter.saved)
 
 
@@ -185,6 +190,8 @@ def write(adapter, path, *, fold_residual: bool = True) -> None:
         tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
     peft.write_folder(Path(path), _peft_config(adapter, ranks), tensors, {})
+    for other in (nora_files.CONFIG_FILE, nora_files.WEIGHTS_FILE):
+        (Path(path) / other).unlink(missing_ok=True)
     history, file = adapter.method.history(), Path(path) / HISTORY_FILE
     if history is None:
         file.unlink(missing_ok=True)  # an adapter that was here before had one, of other ranks

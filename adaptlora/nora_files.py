@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .config import NoRAConfig
 from .files import atomic_file, read_tensors
+from .lora_files import peft
 from .methods.nora import StoredOuter, probe
 from .nn import Outer
 
@@ -18,6 +20,7 @@ WEIGHTS_FILE = "adaptlora_model.safetensors"
 _FORMAT = "adaptlora-nora-1"
 _INNER = ("lora_A", "lora_B")
 _OUTER = tuple(f"outer_{name}" for name in Outer._fields)
+_PARTS = (*_INNER, *_OUTER, "probe", "weighting")
 _SAVED = "modules_to_save."
 
 
@@ -31,6 +34,11 @@ class StoredNoRA:
     scalings: dict[str, float]
     saved: dict[str, dict[str, Tensor]]
     outer: StoredOuter
+
+    def residual(self, name: str) -> tuple[int, float] | None:
+        """(rank, scaling) of what the adapter took out of the module's base weight, None for nothing."""
+        taken = self.config.residual and self.config.inner_init == "sigma"
+        return (self.factors[name][0].shape[0], self.scalings[name]) if taken else None
 
     def attach_options(self) -> dict:
         return {"config": self.config, "stored": self.outer}
@@ -59,6 +67,9 @@ def write(adapter, path, *, save_outer: bool) -> None:
     with atomic_file(path / WEIGHTS_FILE) as weights_file, atomic_file(path / CONFIG_FILE) as config_file:
         save_file(tensors, weights_file)
         config_file.write_text(text, encoding="utf-8")
+    # Files of another format are of an adapter that was here before.
+    for other in (peft.CONFIG_FILE, peft.WEIGHTS_FILE):
+        (path / other).unlink(missing_ok=True)
 
 
 def is_folder(path) -> bool:
@@ -79,8 +90,10 @@ def read(path) -> StoredNoRA:
             saved.setdefault(module, {})[parameter] = tensor
             continue
         name, _, part = key.rpartition(".")
-        if name not in parts:
+        if name not in parts or part not in _PARTS:
             raise ValueError(f"load: {weights}: tensors must belong to the modules of {CONFIG_FILE}, got {key!r}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"load: {weights}: {key} must hold finite floating-point numbers, got {tensor.dtype}")
         parts[name][part] = tensor
     outers, probes, weightings, factors = {}, {}, {}, {}
     for name, found in parts.items():
@@ -91,6 +104,10 @@ def read(path) -> StoredNoRA:
             probes[name] = _needed(weights, name, found, "probe")
         if "weighting" in found:
             weightings[name] = found["weighting"]
+            if weightings[name].dim() != 1 or not (weightings[name] > 0).all():
+                raise ValueError(
+                    f"load: {weights}: {name}.weighting must be (K,) numbers > 0, got {found['weighting']}"
+                )
     checksums = {name: module["weight_sha256"] for name, module in modules.items()}
     scalings = {name: module["scaling"] for name, module in modules.items()}
     outer = StoredOuter(str(path), checksums, outers, probes, weightings)
@@ -106,7 +123,9 @@ def _read_config(file: Path) -> tuple[NoRAConfig, dict]:
         if not modules:
             raise ValueError("modules must name at least one module, got none")
         for name, module in modules.items():
-            if not isinstance(module["scaling"], (int, float)) or not isinstance(module["weight_sha256"], str):
+            scaling = module["scaling"]
+            finite = isinstance(scaling, (int, float)) and math.isfinite(scaling)
+            if not finite or not isinstance(module["weight_sha256"], str):
                 raise ValueError(f"{name} must have a scaling and a weight_sha256, got {module!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {file} must describe a NoRA adapter: {error!r}") from error

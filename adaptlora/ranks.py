@@ -77,6 +77,7 @@ class RankPlan:
     rank: int
     slots: list[_Slot]
     grads: dict[str, _Slot]
+    in_place: bool  # every vector stays where it was, parked or not
 
     def commit(self) -> None:
         _commit([self])
@@ -84,6 +85,8 @@ class RankPlan:
     def assign(self) -> None:
         """The pair takes its new stores, which must be there: this allocates nothing that could fail."""
         pair = self.pair
+        if not self.in_place:
+            pair._waiting = {}
         for slot in self.slots:
             store = slot.store
             active = _rows(slot.factor, store if store.shape[0] == self.rank else store[: self.rank])
@@ -147,7 +150,9 @@ class RankedPair(nn.Module):
         if capacity < r:
             raise ValueError(f"RankedPair: capacity must be at least r={r}, got {capacity}")
         self._tracked = weakref.WeakKeyDictionary()
-        self._waiting: dict[tuple[str, str], torch.Tensor] = {}  # parked state for an optimizer that is not tracked yet
+        self._waiting: dict[
+            tuple[str, str], torch.Tensor
+        ] = {}  # stores for the state of an optimizer that is not tracked yet
         self._stores = {
             "lora_A": uniform_rows(capacity, in_features, generator).to(device=device, dtype=dtype),
             "lora_B": torch.zeros(capacity, out_features, device=device, dtype=dtype),
@@ -178,10 +183,8 @@ class RankedPair(nn.Module):
 
     def track(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the state that `optimizer` keeps for the two factors follow every rank change. Held weakly."""
-        stores = self._tracked.setdefault(optimizer, {})
-        for (name, key), parked in self._waiting.items():
-            stores[name, key] = self._behind_active(parked)
-        self._waiting.clear()
+        self._tracked.setdefault(optimizer, {}).update(self._waiting)
+        self._waiting = {}
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -201,7 +204,7 @@ class RankedPair(nn.Module):
                 if not isinstance(value, torch.Tensor):
                     continue
                 if value.shape != shape:
-                    if value.numel() == 1:
+                    if value.numel() == 1 and value.dim() <= 1:
                         continue
                     raise TypeError(
                         f"rank change: optimizer state must be shaped like its parameter, {tuple(shape)}, to follow the "
@@ -259,7 +262,7 @@ class RankedPair(nn.Module):
                 grads[name] = _Slot(name, _rows(name, grad.detach()))
                 # A gradient has no parked rows to keep, and what a narrower one leaves behind is freed at once.
                 grads[name].choose(rows_of(len(order))[:rank], compact=True)
-        return RankPlan(self, rank, slots, grads)
+        return RankPlan(self, rank, slots, grads, in_place=not compact and _is_range(order))
 
     def narrow(self, rank: int) -> None:
         """Keep the first `rank` vectors active and park the others: views only, no copy.  Raises: ValueError (rank > R)."""
@@ -302,7 +305,7 @@ class RankedPair(nn.Module):
                 if slot.store.shape[0] > self.rank:
                     key = name if slot.key is None else f"{name}.{slot.key}"
                     found[key] = slot.store[self.rank :].clone()
-        found.update({f"{name}.{key}": rows for (name, key), rows in self._waiting.items()})
+        found.update({f"{name}.{key}": store[self.rank :].clone() for (name, key), store in self._waiting.items()})
         return found
 
     def check_parked(self, parked: dict[str, torch.Tensor]) -> None:
@@ -325,15 +328,16 @@ class RankedPair(nn.Module):
             rows = _rows(name, getattr(self, name).data)
             self._stores[name] = torch.cat([rows, parked[name].to(rows)]) if parked else rows
             getattr(self, name).data = _rows(name, self._stores[name][: self.rank])
-        states = {tuple(key.split(".", 1)): rows for key, rows in parked.items() if key not in FACTORS}
+        # The active rows of a state's store are the optimizer's own, wherever it keeps them.
+        states = {
+            tuple(key.split(".", 1)): torch.cat([rows.new_zeros(self.rank, rows.shape[1]), rows])
+            for key, rows in parked.items()
+            if key not in FACTORS
+        }
         for stores in self._tracked.values():
             stores.clear()
-            stores.update({key: self._behind_active(rows) for key, rows in states.items()})
+            stores.update(states)
         self._waiting = {} if self._tracked else states
-
-    def _behind_active(self, parked: torch.Tensor) -> torch.Tensor:
-        """A store whose active rows are the optimizer's own, wherever it keeps them."""
-        return torch.cat([parked.new_zeros(self.rank, parked.shape[1]), parked])
 
     def _apply(self, fn, recurse=True):
         stores = {name: self._data_slot(name).store for name in FACTORS}

@@ -155,10 +155,10 @@ def plain_contribution(modules, rank, fidelity, before):
     for k, (A, B) in enumerate(modules):
         a, b, whole_a, whole_b = frobenius(A[:rank]), frobenius(B[:rank]), frobenius(A), frobenius(B)
         f_a = f_b = 1.0
-        if fidelity != "off":
-            kept = (a, b) if fidelity == "truncation" or before is None else before[k]
-            f_a = kept[0] / whole_a if whole_a else 1.0
-            f_b = kept[1] / whole_b if whole_b else 1.0
+        if fidelity == "truncation":
+            f_a, f_b = (a / whole_a if whole_a else 1.0), (b / whole_b if whole_b else 1.0)
+        elif fidelity == "previous":
+            f_a, f_b = (before[k][0] / a if a else 1.0), (before[k][1] / b if b else 1.0)
         total += f_a * b + f_b * a
     return total
 
@@ -351,11 +351,12 @@ def test_fisher_decides():
     assert ranks == allocate(fisher, adapter.method.budget, [R, R], 1e-3) and ranks[0] != ranks[1]
 
 
-def test_fisher_without_a_tracked_optimizer_is_an_error():
-    adapter, optimizer = make(contribution="fisher")
-    with pytest.raises(ValueError, match='contribution="fisher" needs gradients: the optimizer must be tracked'):
-        adapter.step()
-    assert adapter.method.t == 0 and optimizer.state_dict()
+def test_fisher_without_gradients_changes_no_ranks():
+    adapter, optimizer = make(contribution="fisher", gamma=5.0)
+    assert adapter.step() is None and adapter.method.t == 1 and optimizer.state_dict()
+    untracked = adaptlora.attach(Net(), adaptlora.LaLoRAConfig(r=R, target_modules=["first"], contribution="fisher"))
+    with pytest.raises(ValueError, match="the optimizer must be tracked before ranks change"):
+        untracked.step()
 
 
 # Bad numbers

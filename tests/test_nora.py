@@ -364,7 +364,8 @@ def test_resuming_is_exact(other_outer, monkeypatch):
     if other_outer:
         real = outer_factors
         monkeypatch.setattr(
-            "adaptlora.methods.nora.outer_factors", lambda *a: (o := real(*a))._replace(U=-o.U, Vh=-o.Vh)
+            "adaptlora.methods.nora.outer_factors",
+            lambda *a: (o := real(*a))._replace(U=o.U.roll(1, 1), Vh=o.Vh.roll(1, 0)),
         )
     resumed = attach()
     other = torch.optim.AdamW(resumed.parameters(), lr=0.01)
@@ -380,3 +381,69 @@ def test_resuming_is_exact(other_outer, monkeypatch):
     x = inputs()
     assert torch.equal(adapter.model(x), resumed.model(x))
     assert all(map(torch.equal, adapter.factors(), resumed.factors()))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"lora_alpha": 5}, {"residual": False}, {"r": 2, "lora_alpha": 4}, {"inner_init": "kaiming"}],
+    ids=str,
+)
+def test_a_state_of_another_start_is_refused(fields):
+    """What was taken out of the base decides what the trained factors mean."""
+    source, target = attach(), attach(**fields)
+    train(source, 2)
+    before = [factor.clone() for factor in target.factors()]
+    with pytest.raises(ValueError, match="load_state_dict: first: what was taken out of the base must be of"):
+        target.load_state_dict(source.state_dict())
+    assert all(map(torch.equal, target.factors(), before))
+
+
+def test_a_state_that_is_damaged_changes_nothing():
+    source, target = attach(), attach()
+    train(source, 2)
+    state = copy.deepcopy(source.state_dict())
+    state["outer"]["second"]["S"][0] = float("nan")
+    before = [factor.clone() for factor in target.factors()]
+    with pytest.raises(ValueError, match="load_state_dict: second: NoRALinear: outer.S"):
+        target.load_state_dict(state)
+    assert all(map(torch.equal, target.factors(), before))
+
+
+def test_an_ema_of_the_factors_can_be_evaluated_and_put_back():
+    adapter = attach()
+    train(adapter, 2)
+    x = inputs()
+    trained = adapter.model(x)
+    kept = [factor.detach().clone() for factor in adapter.factors()]
+    with torch.no_grad():
+        for factor in adapter.factors():
+            factor.data.copy_(factor.data / 2)
+        assert not torch.allclose(adapter.model(x), trained)
+        for factor, values in zip(adapter.factors(), kept, strict=True):
+            factor.data.copy_(values)
+    assert torch.equal(adapter.model(x), trained)
+
+
+def test_training_goes_on_when_nobody_holds_the_adapter():
+    model = Net()
+    parameters = adaptlora.attach(model, config()).parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=0.05, fused=True)
+    losses = []
+    for _ in range(3):
+        loss = task_loss(model)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(set(losses)) == 3
+
+
+def test_a_module_under_two_names_is_refused():
+    model = Net()
+    model.again = model.first
+    with pytest.raises(ValueError, match=r"must have one name, got first and \['again'\]"):
+        adaptlora.attach(model, config(target_modules=["first"]))
+    assert type(model.first) is torch.nn.Linear
+    plain = adaptlora.LoraConfig(target_modules=["first"])
+    with pytest.raises(ValueError, match="calibration must be None for LoraConfig, got a batch"):
+        adaptlora.attach(Net(), plain, calibration=inputs())

@@ -131,3 +131,85 @@ def test_damaged_descriptions(spoil, text, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=text):
         adaptlora.load(tiny_bert(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lora_alpha": 5}, {"residual": False}, {"r": 2, "lora_alpha": 4}, {"inner_init": "kaiming"}], ids=str
+)
+def test_a_file_of_another_start_is_refused(fields, tmp_path):
+    source, _ = trained_bert()
+    source.save(tmp_path, format="nora")
+    target, logits = trained_bert(**fields)
+    with pytest.raises(ValueError, match=r"what was taken out of the base|lora_A must have shape"):
+        target.load(tmp_path)
+    assert torch.equal(target.model(**bert_batch()).logits, logits)
+
+
+def test_stored_outer_factors_take_the_place_of_an_adapters_own(tmp_path):
+    source, logits = trained_bert(outer="activation")
+    source.save(tmp_path / "stored", format="nora", save_outer=True)
+    target, _ = trained_bert()
+    target.load(tmp_path / "stored")
+    torch.testing.assert_close(target.model(**bert_batch()).logits, logits, rtol=1e-5, atol=1e-6)
+    target.save(tmp_path / "again", format="nora")
+    remade = adaptlora.load(tiny_bert(), tmp_path / "again")
+    assert torch.equal(remade.model(**bert_batch()).logits, target.model(**bert_batch()).logits)
+
+
+def test_a_resumed_activation_run_saves_what_can_be_read(tmp_path):
+    source, logits = trained_bert(outer="activation")
+    other, _ = trained_bert(outer="activation")
+    other.layers["bert.pooler.dense"].weighting.mul_(2)  # as from another calibration batch
+    other.load_state_dict(copy.deepcopy(source.state_dict()))
+    other.save(tmp_path, format="nora")
+    assert torch.equal(adaptlora.load(tiny_bert(), tmp_path).model(**bert_batch()).logits, logits)
+
+
+def test_a_folder_holds_one_adapter(tmp_path):
+    adapter, _ = trained_bert()
+    adapter.save(tmp_path, format="nora")
+    adapter.save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    adapter.save(tmp_path, format="nora")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adaptlora_config.json", "adaptlora_model.safetensors"]
+
+
+def test_a_model_with_one_more_matching_layer_is_refused(tmp_path):
+    adapter, _ = trained_bert()
+    adapter.save(tmp_path, format="nora")
+    model = tiny_bert()
+    model.extra = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="its modules must be all that are adapted, got none for 'extra'"):
+        adaptlora.load(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda t, k: t.update({k + "lora_A": t[k + "lora_A"].long()}), "must hold finite floating-point numbers"),
+        (
+            lambda t, k: t.update({k + "lora_B": t[k + "lora_B"] * float("nan")}),
+            "must hold finite floating-point numbers",
+        ),
+        (lambda t, k: t.update({k + "magnitude": torch.ones(3)}), "tensors must belong to the modules"),
+        (lambda t, k: t.update({k + "probe": torch.ones(2, 5)}), "outer factors of .* must come out as where"),
+        (
+            lambda t, k: t.update({k + "weighting": torch.ones(5)}),
+            r"weighting of .* must have shape \(16,\), got \(5,\)",
+        ),
+        (lambda t, k: t.update({k + "lora_B": torch.ones(3, 3)}), "must fit together"),
+    ],
+)
+def test_damaged_tensors(spoil, text, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter, _ = trained_bert()
+    adapter.save(tmp_path, format="nora")
+    file = tmp_path / "adaptlora_model.safetensors"
+    tensors = load_file(file)
+    spoil(tensors, "bert.pooler.dense.")
+    save_file(tensors, file)
+    model = tiny_bert()
+    with pytest.raises(ValueError, match=text):
+        adaptlora.load(model, tmp_path)
+    assert type(model.bert.pooler.dense) is torch.nn.Linear

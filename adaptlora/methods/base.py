@@ -32,8 +32,8 @@ class Method:
     A method of adapting ranks, and plain LoRA where nothing is overridden.
 
     `attach` calls `build`, the constructor, and `begin` once the layers are on the model. `Adapter` then calls, in each optimizer step
-    and in this order: `penalty` (zero or more times before the backward pass), `before_optimizer_step` and `after_optimizer_step` (from
-    the tracked optimizer), `step`. A method that raises in `step` has changed nothing of its own state that `state_dict` does not
+    and in this order: `penalty` (zero or more times before the backward pass), `before_optimizer_step` (from each tracked
+    optimizer), `step`. A method that raises in `step` has changed nothing of its own state that `state_dict` does not
     hold: the adapter restores it.
 
     Attributes: t: optimizer steps made.   t_p, t_c: steps at which a penalty ends and ranks are clipped, where there are such.
@@ -54,6 +54,8 @@ class Method:
     @classmethod
     def build(cls, config, attachment: Attachment) -> dict[str, nn.Module]:
         """The layer for every target; the model and its linears stay as they are.  Raises: ValueError, TypeError."""
+        if attachment.calibration is not None:
+            raise ValueError(f"attach: calibration must be None for {type(config).__name__}, got a batch")
         generator = torch.Generator().manual_seed(config.seed)
         layers = {}
         for name, module in attachment.targets.items():
@@ -109,11 +111,8 @@ class Method:
         """Term to add to the task loss now, a 0-dim tensor with gradient; None for nothing."""
         return None
 
-    def before_optimizer_step(self) -> None:
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A tracked optimizer is about to use the gradients."""
-
-    def after_optimizer_step(self) -> None:
-        """A tracked optimizer has changed the factors."""
 
     def step(self, loss: float | None, optimizers: list[torch.optim.Optimizer]) -> dict[str, int] | None:
         """Advance by one optimizer step; the new rank of every module if ranks change now, else None."""
@@ -131,8 +130,15 @@ class Method:
     def compacted(self) -> None:
         """What was parked is gone for good: ranks stay what they are from now on."""
 
+    def check_ranks(self, ranks: dict[str, int]) -> None:
+        """Raises: ValueError if ranks from outside (a file) do not suit the configuration."""
+
     def start_from(self, ranks: dict[str, int]) -> None:
-        """The modules were given other ranks from outside (a file).  Raises: ValueError (they do not suit the configuration)."""
+        """The modules were given these ranks, and other factors, from outside."""
+
+    def largest_ranks(self) -> dict[str, int]:
+        """What every module may grow to, where vectors are parked."""
+        return {}
 
     def scaling(self, name: str, layer: nn.Module, rank: int) -> float:
         """The module's scaling after a change to `rank`."""
@@ -153,6 +159,9 @@ class Method:
     def step_state(self) -> dict:
         """The part of `state_dict` that `step` changes: `load_state_dict` of it undoes a step that failed."""
         return self.state_dict()
+
+    def check_state(self, state: dict) -> None:
+        """Raises: ValueError if a state with the right entries cannot be this method's."""
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():

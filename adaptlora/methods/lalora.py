@@ -83,6 +83,7 @@ class LaLoRA(Method):
         self.budget = float(sum(self.group_ranks))
         self.final = False
         self.fisher: list[float] | None = None  # smoothed over the steps that were read
+        self._read_at: int | None = None  # t of the last of them
         self._fisher: torch.Tensor | None = None  # the same, where the gradients are
         self.sizes: list[float] | None = None  # s_i of the last allocation, at the ranks that it was followed by
         self.truncated: list[list[float]] | None = None  # ‖A‖ and ‖B‖ of every module then, likewise
@@ -120,39 +121,68 @@ class LaLoRA(Method):
     def compacted(self) -> None:
         self.final = True
 
-    def start_from(self, ranks: dict[str, int]) -> None:
+    def largest_ranks(self) -> dict[str, int]:
+        return {name: self.caps[group] for name, group in zip(self.layers, self.group_of, strict=True)}
+
+    def check_ranks(self, ranks: dict[str, int]) -> None:
+        if self.final:
+            return
         found = self._per_group("rank", [ranks[name] for name in self.layers])
         for group, rank, cap in zip(self.groups, found, self.caps, strict=True):
             if not 1 <= rank <= cap:
                 raise ValueError(f"La-LoRA: the rank of {group} must be in [1, {cap}], got {rank}")
-        self.group_ranks, self.budget = found, float(sum(found))
-        self.start, self.changes, self.sizes, self.truncated = list(found), [], None, None
+
+    def start_from(self, ranks: dict[str, int]) -> None:
+        if self.final:
+            return
+        self.group_ranks = self._per_group("rank", [ranks[name] for name in self.layers])
+        self.budget = float(sum(self.group_ranks))
+        self.start, self.changes, self.fisher, self._fisher = list(self.group_ranks), [], None, None
+        self._measure(self._norms())
 
     def begin(self) -> None:
         self._measure(self._norms())
 
-    def before_optimizer_step(self) -> None:
-        """Σ of squared gradients of each group's active vectors, smoothed; nothing is copied to the host."""
-        if self.config.contribution != "fisher" or self.final:
+    def before_optimizer_step(self, optimizer) -> None:
+        """
+        Σ of squared gradients of each group's active vectors, smoothed, once a step; nothing is copied to the host. A fused optimizer
+        gets gradients that a GradScaler has scaled, and steps that it will skip: these, and whatever is not finite, leave no trace.
+        """
+        if self.config.contribution != "fisher" or self.final or self._read_at == self.t:
             return
         used = [i for i, pair in enumerate(self.pairs) if None not in (pair.lora_A.grad, pair.lora_B.grad)]
         if not used:
             return
+        self._read_at = self.t
         with torch.no_grad():
             grads = [[getattr(self.pairs[i], f).grad for i in used] for f in FACTORS]
-            sums = torch.stack([torch.cat(norms).square() for norms in rank_norms(*grads)]).sum(0).double()
+            sums = torch.stack([torch.cat(norms).double().square() for norms in rank_norms(*grads)]).sum(0)
             owners = self._group_of[used].repeat_interleave(torch.tensor([self.pairs[i].rank for i in used]))
             found = sums.new_zeros(len(self.groups)).index_add_(0, owners.to(sums.device, non_blocking=True), sums)
-            if self._fisher is None and self.fisher is not None:
-                self._fisher = found.new_tensor(self.fisher)
-            ema = self.config.ema
-            self._fisher = found if self._fisher is None else ema * self._fisher + (1 - ema) * found
+            scale = getattr(optimizer, "grad_scale", None)
+            if scale is not None:
+                found = found / scale.to(found).square()
+            if self._fisher is None:
+                # NaN for a group that no gradient was read of yet
+                known = [math.nan] * len(self.groups) if self.fisher is None else self.fisher
+                self._fisher = found.new_tensor(known)
+            smoothed = self.config.ema * self._fisher + (1 - self.config.ema) * found
+            keep = ~found.isfinite().all()
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is not None:
+                keep = keep | (found_inf.to(found.device) > 0).any()
+            new = torch.where(self._fisher.isfinite(), smoothed, found)
+            self._fisher = torch.where(keep, self._fisher, new)
 
     def step(self, loss, optimizers) -> dict[str, int] | None:
         self.t += 1
         if self.final or self.t % self.config.interval:
             return None
+        # The model's state may have been loaded meanwhile.
+        self.group_ranks = self._per_group("rank", [pair.rank for pair in self.pairs])
         norms = self._norms()
+        if self.config.contribution == "fisher" and not all(map(math.isfinite, self.fisher or [math.nan])):
+            return None  # every step so far was skipped, or had no gradients
         growths = self._growths(norms)
         contributions = self._contributions(norms)
         self.budget = next_budget(self.budget, growths, self.config.gamma, self.caps)
@@ -229,21 +259,14 @@ class LaLoRA(Method):
     def _contributions(self, norms: torch.Tensor) -> list[float]:
         """c_i = Σ_modules (f_A ‖B_{|r_i}‖ + f_B ‖A_{|r_i}‖), or the squared gradients.          [Eq. 9]"""
         if self.config.contribution == "fisher":
-            if self.fisher is None:
-                raise ValueError(
-                    'La-LoRA: contribution="fisher" needs gradients: the optimizer must be tracked before it steps, got none'
-                )
-            if not all(map(math.isfinite, self.fisher)):
-                raise ValueError(f"La-LoRA: squared gradients must be finite, got {self.fisher}")
             return self.fisher
         at = self._at(norms)
-        fidelity = torch.ones_like(at)
-        if self.config.fidelity != "off":
-            kept = at
-            if self.config.fidelity == "previous" and self.truncated is not None:
-                kept = at.new_tensor(self.truncated)
-            whole = norms[..., -1]
-            fidelity = torch.where(whole > 0, kept / whole, 1.0)
+        kept, whole = {
+            "truncation": (at, norms[..., -1]),
+            "previous": (at if self.truncated is None else at.new_tensor(self.truncated), at),
+            "off": (at, at),
+        }[self.config.fidelity]
+        fidelity = torch.where(whole > 0, kept / whole, 1.0)
         return self._by_group((fidelity * at.flip(0)).sum(0))
 
     def summary(self) -> dict:
@@ -265,8 +288,22 @@ class LaLoRA(Method):
             self.fisher = self._fisher.tolist()
         return self.step_state() | {"start": self.start, "changes": list(self.changes)}
 
+    def check_state(self, state: dict) -> None:
+        L, modules = len(self.groups), len(self.layers)
+        lengths = {"group_ranks": [L], "start": [L], "sizes": [L], "fisher": [L, None], "truncated": [2, None]}
+        for field, expected in lengths.items():
+            value = state[field]
+            found = len(value) if isinstance(value, list) else None if value is None else -1
+            if found not in expected:
+                raise ValueError(f"method's {field} must be a list of {expected[0]}, one for each group, got {value!r}")
+        if state["truncated"] is not None and any(len(row) != modules for row in state["truncated"]):
+            raise ValueError(f"method's truncated must be of {modules} modules, got {state['truncated']!r}")
+        numbers = [*state["group_ranks"], *state["sizes"], *(state["fisher"] or []), state["budget"], state["t"]]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError(f"method's state must hold numbers, got {numbers!r}")
+
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
         if "changes" in state:
-            self._fisher = None
+            self._fisher = self._read_at = None
             self.changes = list(state["changes"])

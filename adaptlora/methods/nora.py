@@ -35,14 +35,14 @@ def mean_activations(model: nn.Module, targets: dict[str, nn.Module], batch, pow
     tokens: dict[str, int] = {}
 
     def observe(name: str):
-        def hook(module, arguments):
-            x = arguments[0].detach().flatten(0, -2)
+        def hook(module, arguments, keywords):
+            x = torch.atleast_2d((arguments or tuple(keywords.values()))[0].detach()).flatten(0, -2)
             sums[name] = sums.get(name, 0) + x.double().abs().pow(power).sum(0)
             tokens[name] = tokens.get(name, 0) + x.shape[0]
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(observe(name)) for name, module in targets.items()]
+    hooks = [module.register_forward_pre_hook(observe(name), with_kwargs=True) for name, module in targets.items()]
     training = [module for module in model.modules() if module.training]
     try:
         with torch.no_grad():
@@ -109,7 +109,9 @@ class StoredOuter:
     weightings: dict[str, Tensor]
 
     def check_weight(self, name: str, found: str) -> None:
-        """Raises: ValueError (another base weight)."""
+        """Raises: ValueError (another base weight, or a module that the file lacks)."""
+        if name not in self.checksums:
+            raise ValueError(f"load: {self.path}: its modules must be all that are adapted, got none for {name!r}")
         if found != self.checksums[name]:
             raise ValueError(
                 f"load: {self.path}: the base weight of {name} must be the one that the adapter was trained on, SHA-256 "
@@ -128,7 +130,7 @@ class StoredOuter:
 
 
 class NoRA(Method):
-    """The method while it trains: ranks stay, composed factors are forgotten when the optimizer has stepped."""
+    """The method while it trains: ranks stay what they are."""
 
     nested = True
 
@@ -141,11 +143,21 @@ class NoRA(Method):
     def build(cls, config: NoRAConfig, attachment: Attachment) -> dict[str, NoRALinear]:
         """Raises: ValueError (a module too small for its rank, calibration missing or superfluous, weights that are not finite)."""
         targets, stored = attachment.targets, attachment.stored
+        names = {name: module for name, module in attachment.model.named_modules(remove_duplicate=False)}
         for name, module in targets.items():
+            others = [other for other, found in names.items() if found is module and other != name]
+            if others:
+                raise ValueError(
+                    f"NoRA: a module whose weight is rewritten must have one name, got {name} and {others}"
+                )
             r, most = cls.rank_and_scaling(config, name)[0], outer_rank(config, module)
             if r > most:
                 raise ValueError(f"NoRA: r of {name} must be at most its outer rank {most}, got {r}")
         weightings = _weightings(config, attachment) if stored is None else stored.weightings
+        for name, weighting in weightings.items():
+            K, _ = linear_shape(targets[name])
+            if weighting.shape != (K,):
+                raise ValueError(f"NoRA: weighting of {name} must have shape ({K},), got {tuple(weighting.shape)}")
 
         def prepare(name: str) -> tuple[Outer, str]:
             """Outer factors, and what tells later whether a weight is the one that they belong to."""
@@ -182,7 +194,9 @@ class NoRA(Method):
                 keep_original=config.keep_original,
                 generator=generator,
             )
-            layers[name].weighting, layers[name].weight_checksum = weightings.get(name), weight_checksum
+            layers[name].weight_checksum = weight_checksum
+            if name in weightings:
+                layers[name].weighting = weightings[name].to(layers[name].outer_S)
         return layers
 
     def begin(self) -> None:
@@ -200,10 +214,6 @@ class NoRA(Method):
     def end(self) -> None:
         for layer in self.layers.values():
             layer.restore_base()
-
-    def after_optimizer_step(self) -> None:
-        for layer in self.layers.values():
-            layer.forget_composed()
 
     def summary(self) -> dict:
         """residual_error: of the modules' ‖round(W − ΔW) − (W − ΔW)‖ / ‖W‖ the largest, 0 where no base weight was rewritten; bytes."""

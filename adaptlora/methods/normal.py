@@ -70,7 +70,9 @@ class NormAL(Method):
         if config.target_r is not None:
             self.budget = round(config.target_r * len(layers))
         self.clipped = False
-        self.start_from({name: layer.rank for name, layer in layers.items()})
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        self.check_ranks(ranks)
+        self.start_from(ranks)
         self.t_p, self.t_c = config.t_p, config.t_c
         self.change: float | None = None  # smoothed |L_t − L_{t−1}|
         self.last_loss: float | None = None
@@ -101,9 +103,11 @@ class NormAL(Method):
         adaptive = self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps
         return self._shrinks() and (adaptive or self.t + 1 == self.t_c)
 
-    def start_from(self, ranks: dict[str, int]) -> None:
+    def check_ranks(self, ranks: dict[str, int]) -> None:
         if self.budget is not None and not self.clipped:
             budget_ranks([[1.0] * rank for rank in ranks.values()], self.budget)
+
+    def start_from(self, ranks: dict[str, int]) -> None:
         self.full_ranks = dict(ranks)
 
     def penalty(self) -> torch.Tensor | None:

@@ -67,6 +67,10 @@ class AdaptedLinear(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias
 
+    def track(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the optimizer's state follow the pair's rank, and tell the layer of its steps. Held weakly."""
+        self.pair.track(optimizer)
+
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A_eff (R, K), B_eff (N, R)), detached: scaling · B_eff A_eff is what the layer adds to its base's weight."""
         raise NotImplementedError

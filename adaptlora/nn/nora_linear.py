@@ -1,6 +1,7 @@
 """NoRALinear: an inner pair trained between frozen outer factors of the base's own weight, at the cost of its inner rank."""
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,8 @@ class NoRALinear(AdaptedLinear):
             rounds once more.
         generator: CPU generator of what is random in A'.
     lora_A is A' (r, r_out) and lora_B is B' (r_out, r).
-    Attribute rounding_error: ‖round(W − ΔW_0) − (W − ΔW_0)‖_F / ‖W‖_F of the base's dtype while the residual is applied, else 0.
+    Attributes: weighting: (K,) what W's columns were weighted with for `outer`, or None.
+        rounding_error: ‖round(W − ΔW_0) − (W − ΔW_0)‖_F / ‖W‖_F of the base's dtype while the residual is applied, else 0.
     Raises: TypeError (base_layer, outer), ValueError (r, shapes or values of outer, inner_init, scaling, dropout_p).
     """
 
@@ -106,6 +108,9 @@ class NoRALinear(AdaptedLinear):
         self._original: tuple[nn.Parameter, ...] = ()  # not registered: it belongs to the base, or to no one
         self._in_weight = self._as_correction = False  # where an applied residual is
         self._composed = ComposedFactors()
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None  # inner factors as they were composed last
+        self._followed = weakref.WeakSet()  # optimizers that tell when they step
+        self.register_buffer("weighting", None)
         # "kaiming" is what a pair draws.
         drawn = generator if inner_init == "kaiming" else torch.Generator()
         pair = RankedPair(r_out, r_out, r, generator=drawn, **like)
@@ -135,16 +140,49 @@ class NoRALinear(AdaptedLinear):
         """What the layer runs with: (A_eff, B_eff), behind it a quantised base's correction."""
         if torch.compiler.is_compiling():
             return compose(*self._operands(), self._correction())
-        # While training only a tracked optimizer tells that it stepped; some write through raw pointers, which no version shows.
-        keep = not self.training or not torch.is_grad_enabled() or bool(self.pair.optimizers)
-        return self._composed.get(self._operands(), self._correction, keep=keep)
+        return self._composed.get(self._operands(), self._correction, keep=self._unchanged())
+
+    def _unchanged(self) -> bool:
+        """
+        Whether composed factors may be kept. Fused and quantising optimizers, and writes through `.data`, do not show in what torch counts:
+        on a CPU the inner factors' values are compared, which costs less than composing; elsewhere that would wait for the device, so
+        that they are kept only while a tracked optimizer tells when it steps, and for graphs alone.
+        """
+        inner = (self.lora_A.detach(), self.lora_B.detach())
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(factor) for factor in inner):
+            return False
+        if self.weight.device.type != "cpu":
+            return bool(self._followed) and torch.is_grad_enabled()
+        seen = self._seen
+        if seen is None or not all(a.shape == b.shape and a.equal(b) for a, b in zip(seen, inner, strict=True)):
+            self.forget_composed()
+            self._seen = tuple(factor.clone() for factor in inner)
+        return True
+
+    def track(self, optimizer: torch.optim.Optimizer) -> None:
+        super().track(optimizer)
+        if optimizer not in self._followed:
+            self._followed.add(optimizer)
+            reference = weakref.ref(self)
+
+            def forget(*_):
+                layer = reference()
+                if layer is not None:
+                    layer.forget_composed()
+
+            optimizer.register_step_post_hook(forget)
 
     def forget_composed(self) -> None:
-        """
-        Drop the composed factors. Call it whenever the inner factors may have been written to in a way that torch does not count, after
-        each step of a tracked optimizer (`pair.track`) above all. Without one they are composed in every training forward.
-        """
+        """Drop the composed factors; a tracked optimizer does it after each of its steps."""
         self._composed.forget()
+
+    def __getstate__(self):
+        # An optimizer belongs to the original.
+        return {**self.__dict__, "_followed": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._followed = weakref.WeakSet()
 
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
@@ -210,15 +248,24 @@ class NoRALinear(AdaptedLinear):
         self.base_layer.to(**now)  # moves the parameter itself, as the model's own moves would have
         self._in_weight, self.rounding_error = False, 0.0
 
+    def check_outer(self, outer: Outer) -> None:
+        """Raises: TypeError, ValueError if `outer` cannot take the place of the layer's own."""
+        _check_outer(outer, self.in_features, self.out_features)
+        if outer.S.shape != self.outer_S.shape:
+            raise ValueError(f"{OP}: outer.S must have shape {tuple(self.outer_S.shape)}, got {tuple(outer.S.shape)}")
+
+    @property
+    def residual(self) -> tuple[int, float] | None:
+        """(rank, scaling) of ΔW_0 where it is taken out of the base; None where nothing is."""
+        return (self._inner_r, self.scaling) if self.has_residual else None
+
     def take_outer(self, outer: Outer) -> None:
         """
         Other outer factors of the same base weight in the place of these, of the same shapes; an applied residual follows them.
 
         Raises: TypeError, ValueError (another shape, values that are not finite); nothing has changed then.
         """
-        _check_outer(outer, self.in_features, self.out_features)
-        if outer.S.shape != self.outer_S.shape:
-            raise ValueError(f"{OP}: outer.S must have shape {tuple(self.outer_S.shape)}, got {tuple(outer.S.shape)}")
+        self.check_outer(outer)
         pairs = list(zip(self.outer, outer, strict=True))
         if all(torch.equal(own, other.to(own)) for own, other in pairs):
             return
