@@ -63,8 +63,11 @@ demo-short: data
 demo-e2e: data-e2e
 	$(BIN)/adaptlora finetune --preset e2e --output runs/e2e
 
+# Workers of one thread each: two threads that share a core with other work wait for each other. Tests of what threads do set their own number.
+TEST_WORKERS ?= 2
+
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 asan: $(VENV)/.requirements
 	rm -rf $(ASAN)/lib $(ASAN)/report.*
