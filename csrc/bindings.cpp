@@ -36,6 +36,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"),
         py::arg("threshold"), py::arg("seed"), py::arg("need_dx"), py::arg("need_dA"), py::arg("need_dB"),
         py::arg("need_dE"), no_gil());
+  m.def("compose", &adaptlora::compose_cpu, py::arg("A"), py::arg("B"), py::arg("outer_A"), py::arg("outer_B"),
+        no_gil());
+  m.def("compose_backward", &adaptlora::compose_backward_cpu, py::arg("dA_eff"), py::arg("dB_eff"), py::arg("outer_A"),
+        py::arg("outer_B"), no_gil());
   // These take and hold the GIL themselves.
   m.def("lora_linear_direct", &adaptlora::lora_linear_direct, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("A"), py::arg("B"), py::arg("rank_scale"), py::arg("scaling"), py::arg("dropout_p"), py::arg("seed"));

@@ -47,7 +47,7 @@ struct VectorView {
 };
 
 // Rows of float32 with unit column stride that the kernels read: a tile, or x and dy themselves where they are that.
-// Columns are there, and zero, up to the next multiple of kPad.
+// Columns are there, and zero, up to the next multiple of kPad where nothing else is said.
 struct Rows {
   const float* data;
   int64_t stride;
@@ -87,6 +87,14 @@ struct Kernels {
 
   // out[i] = factor * sum_j parts[j * stride + i]
   void (*add_parts)(const float* parts, int64_t n_parts, int64_t stride, int64_t n, float factor, float* out);
+
+  // out[r, c] = sum_o S[r, o] outer[o, c];  S (R, r_out), outer (r_out, cols), out (R, cols): no row is padded.
+  void (*compose)(const Rows& S, const Rows& outer, int64_t r_out, int64_t cols, int64_t R, float* out,
+                  int64_t stride_out);
+
+  // out[r, o] = sum_c F[r, c] outer[o, c];  F (R, cols), outer (rows, cols), out (R, rows): no row is padded.
+  void (*compose_backward)(const Rows& F, const Rows& outer, int64_t rows, int64_t cols, int64_t R, float* out,
+                           int64_t stride_out);
 
   float (*sum_of_squares)(const VectorView&);
 

@@ -12,6 +12,7 @@ namespace {
 //   shrink      kShrinkRows rows x up to kShrinkRanks ranks
 //   accumulate  up to 4 ranks x accumulate_vectors(ranks) vectors
 //   expand      kExpandRows rows x kExpandVectors vectors
+//   compose     up to 4 ranks x kComposeVectors vectors: with fewer ranks it waits for memory, whatever the block
 constexpr bool kManyRegisters = kLanes == 16;
 constexpr int kShrinkRows = 4;
 constexpr int kShrinkRanks = kManyRegisters ? 4 : 3;
@@ -21,6 +22,7 @@ constexpr int accumulate_vectors(int ranks) {
 }
 constexpr int kExpandRows = kManyRegisters ? 4 : 2;
 constexpr int kExpandVectors = kManyRegisters ? 4 : 6;
+constexpr int kComposeVectors = accumulate_vectors(kAccumulateRanks);
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -42,6 +44,14 @@ template <class T>
 ADAPTLORA_INLINE vf load_up_to(const T* p, int64_t n) {
   return n < kLanes ? load_partial(p, n) : load(p);
 }
+
+template <class T>
+ADAPTLORA_INLINE void store_up_to(T* p, vf v, int64_t n) {
+  n < kLanes ? store_partial(p, v, n) : store(p, v);
+}
+
+// What a block does before it works on its row, or its column: nothing.
+constexpr auto kNothingAhead = [](int64_t) ADAPTLORA_INLINE_LAMBDA {};
 
 void clear_padding(int64_t rows, int64_t cols, float* tile) {
   const int64_t padded = round_up(cols, kPad);
@@ -115,25 +125,37 @@ ADAPTLORA_INLINE void for_rank_blocks(int64_t R, const Body& body) {
 
 // ---- shrink
 
+// acc += the products of up to kLanes columns, of which n exist.
 template <int kRows, int kRanks>
-ADAPTLORA_INLINE void shrink_block(const float* x, int64_t stride_x, int64_t cols, const float* F, int64_t stride_f,
-                                   float* S, int64_t stride_s) {
-  vf acc[kRows * kRanks] = {};
-  for (int64_t c = 0; c < cols; c += kLanes) {
-    vf f[kRanks];
+ADAPTLORA_INLINE void shrink_columns(const float* x, int64_t stride_x, const float* F, int64_t stride_f, int64_t n,
+                                     vf (&acc)[kRows * kRanks]) {
+  vf f[kRanks];
+  ADAPTLORA_UNROLL
+  for (int r = 0; r < kRanks; ++r) f[r] = load_up_to(F + r * stride_f, n);
+  ADAPTLORA_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    const vf xm = load_up_to(x + m * stride_x, n);
     ADAPTLORA_UNROLL
-    for (int r = 0; r < kRanks; ++r) f[r] = load(F + r * stride_f + c);
-    ADAPTLORA_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      const vf xm = load(x + m * stride_x + c);
-      ADAPTLORA_UNROLL
-      for (int r = 0; r < kRanks; ++r) acc[m * kRanks + r] += xm * f[r];
-    }
+    for (int r = 0; r < kRanks; ++r) acc[m * kRanks + r] += xm * f[r];
   }
-  float sums[kRows * kRanks];
-  for (int m = 0; m < kRows; ++m) memcpy(sums + m * kRanks, S + m * stride_s, kRanks * sizeof(float));
+}
+
+// S[m, r] += sum_c x[m, c] F[r, c]; element (m, r) of S lies at m * S_m + r * S_r.
+template <int kRows, int kRanks, class Ahead>
+ADAPTLORA_INLINE void shrink_block(const float* x, int64_t stride_x, int64_t cols, const float* F, int64_t stride_f,
+                                   float* S, int64_t S_m, int64_t S_r, const Ahead& ahead) {
+  vf acc[kRows * kRanks] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) {
+    ahead(c);
+    shrink_columns<kRows, kRanks>(x + c, stride_x, F + c, stride_f, kLanes, acc);
+  }
+  if (c < cols) shrink_columns<kRows, kRanks>(x + c, stride_x, F + c, stride_f, cols - c, acc);
+  float sums[kRows * kRanks] = {};
   add_lane_sums(acc, sums);
-  for (int m = 0; m < kRows; ++m) memcpy(S + m * stride_s, sums + m * kRanks, kRanks * sizeof(float));
+  for (int m = 0; m < kRows; ++m) {
+    for (int r = 0; r < kRanks; ++r) S[m * S_m + r * S_r] += sums[m * kRanks + r];
+  }
 }
 
 void shrink(const Rows& x, int64_t rows, int64_t cols, const float* F, int64_t stride_f, int64_t R, const RankRows& S) {
@@ -143,33 +165,35 @@ void shrink(const Rows& x, int64_t rows, int64_t cols, const float* F, int64_t s
     int64_t m = 0;
     for (; m + kShrinkRows <= rows; m += kShrinkRows) {
       shrink_block<kShrinkRows, kRanks>(x.data + m * x.stride, x.stride, padded, f, stride_f, S.data + m * S.stride + r,
-                                        S.stride);
+                                        S.stride, 1, kNothingAhead);
     }
     for (; m < rows; ++m) {
-      shrink_block<1, kRanks>(x.data + m * x.stride, x.stride, padded, f, stride_f, S.data + m * S.stride + r,
-                              S.stride);
+      shrink_block<1, kRanks>(x.data + m * x.stride, x.stride, padded, f, stride_f, S.data + m * S.stride + r, S.stride,
+                              1, kNothingAhead);
     }
   });
 }
 
 // ---- accumulate
 
-template <int kRanks, int kVectors>
-ADAPTLORA_INLINE void accumulate_block(const float* S, int64_t stride_s, const float* x, int64_t stride_x, int64_t rows,
-                                       float* out, int64_t stride_out) {
+// out[r, c] += sum_m S[m, r] x[m, c]; element (m, r) of S lies at m * S_m + r * S_r. Of the columns `cols` exist.
+template <int kRanks, int kVectors, class Ahead>
+ADAPTLORA_INLINE void accumulate_block(const float* S, int64_t S_m, int64_t S_r, const float* x, int64_t stride_x,
+                                       int64_t rows, float* out, int64_t stride_out, int64_t cols, const Ahead& ahead) {
   vf acc[kRanks][kVectors];
   ADAPTLORA_UNROLL
   for (int r = 0; r < kRanks; ++r) {
     ADAPTLORA_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(out + r * stride_out + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = load_up_to(out + r * stride_out + v * kLanes, cols - v * kLanes);
   }
   for (int64_t m = 0; m < rows; ++m) {
+    ahead(m);
     vf xm[kVectors];
     ADAPTLORA_UNROLL
-    for (int v = 0; v < kVectors; ++v) xm[v] = load(x + m * stride_x + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) xm[v] = load_up_to(x + m * stride_x + v * kLanes, cols - v * kLanes);
     ADAPTLORA_UNROLL
     for (int r = 0; r < kRanks; ++r) {
-      const float s = S[m * stride_s + r];
+      const float s = S[m * S_m + r * S_r];
       ADAPTLORA_UNROLL
       for (int v = 0; v < kVectors; ++v) acc[r][v] += s * xm[v];
     }
@@ -177,7 +201,7 @@ ADAPTLORA_INLINE void accumulate_block(const float* S, int64_t stride_s, const f
   ADAPTLORA_UNROLL
   for (int r = 0; r < kRanks; ++r) {
     ADAPTLORA_UNROLL
-    for (int v = 0; v < kVectors; ++v) store(out + r * stride_out + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) store_up_to(out + r * stride_out + v * kLanes, acc[r][v], cols - v * kLanes);
   }
 }
 
@@ -189,10 +213,12 @@ void accumulate(const RankRows& S, const Rows& x, int64_t rows, int64_t cols, in
     float* out_r = out + r * stride_out;
     int64_t c = 0;
     for (; c + kVectors * kLanes <= cols; c += kVectors * kLanes) {
-      accumulate_block<kRanks, kVectors>(s, S.stride, x.data + c, x.stride, rows, out_r + c, stride_out);
+      accumulate_block<kRanks, kVectors>(s, S.stride, 1, x.data + c, x.stride, rows, out_r + c, stride_out,
+                                         kVectors * kLanes, kNothingAhead);
     }
     for (; c < cols; c += kLanes) {
-      accumulate_block<kRanks, 1>(s, S.stride, x.data + c, x.stride, rows, out_r + c, stride_out);
+      accumulate_block<kRanks, 1>(s, S.stride, 1, x.data + c, x.stride, rows, out_r + c, stride_out, kLanes,
+                                  kNothingAhead);
     }
   });
 }
@@ -292,6 +318,77 @@ void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, f
   }
 }
 
+// ---- compose, compose_backward
+//
+// Both read an outer factor once, from memory, and would wait for it: each block of ranks fetches its share of what comes
+// next, so that reads are spread over the arithmetic. A processor has some 24 lines under way; more at once, and it waits.
+
+constexpr int64_t kLine = 16;         // floats
+constexpr int64_t kComposeCols = 384;
+constexpr int64_t kComposeRows = 32;  // of the outer factor, between which a block of the result stays in registers
+
+void compose(const Rows& S, const Rows& outer, int64_t r_out, int64_t cols, int64_t R, float* out, int64_t stride_out) {
+  constexpr int64_t kStep = kComposeVectors * kLanes;
+  for (int64_t r = 0; r < R; ++r) memset(out + r * stride_out, 0, cols * sizeof(float));
+  for (int64_t o = 0; o < r_out; o += kComposeRows) {
+    const int64_t rows = r_out - o < kComposeRows ? r_out - o : kComposeRows;
+    const float* x = outer.data + o * outer.stride;
+    int64_t c = 0;
+    for (; c + kStep <= cols; c += kStep) {
+      // Two blocks of columns on, or the first two of the next rows.
+      const int64_t on = c + 2 * kStep;
+      const bool in_these_rows = on < cols;
+      const float* next = x + (in_these_rows ? on : kComposeRows * outer.stride + (on - cols) / kStep * kStep);
+      const int64_t left = r_out - o - kComposeRows;
+      const int64_t next_rows = in_these_rows ? rows : left < 0 ? 0 : left < kComposeRows ? left : kComposeRows;
+      for_rank_blocks<kAccumulateRanks>(R, [&]<int kRanks>(int64_t r) {
+        const int64_t begin = r * next_rows / R, end = (r + kRanks) * next_rows / R;
+        const auto fetch = [&](int64_t m) ADAPTLORA_INLINE_LAMBDA {
+          if (m < begin || m >= end) return;
+          ADAPTLORA_UNROLL
+          for (int64_t i = 0; i < kStep; i += kLine) __builtin_prefetch(next + m * outer.stride + i);
+        };
+        accumulate_block<kRanks, kComposeVectors>(S.data + r * S.stride + o, 1, S.stride, x + c, outer.stride, rows,
+                                                  out + r * stride_out + c, stride_out, kStep, fetch);
+      });
+    }
+    for (; c < cols; c += kLanes) {
+      for_rank_blocks<kAccumulateRanks>(R, [&]<int kRanks>(int64_t r) {
+        accumulate_block<kRanks, 1>(S.data + r * S.stride + o, 1, S.stride, x + c, outer.stride, rows,
+                                    out + r * stride_out + c, stride_out, cols - c, kNothingAhead);
+      });
+    }
+  }
+}
+
+void compose_backward(const Rows& F, const Rows& outer, int64_t rows, int64_t cols, int64_t R, float* out,
+                      int64_t stride_out) {
+  for (int64_t r = 0; r < R; ++r) memset(out + r * stride_out, 0, rows * sizeof(float));
+  for (int64_t c = 0; c < cols; c += kComposeCols) {
+    const int64_t width = cols - c < kComposeCols ? cols - c : kComposeCols;
+    int64_t o = 0;
+    for (; o + kShrinkRows <= rows; o += kShrinkRows) {
+      const float* x = outer.data + o * outer.stride + c;
+      const float* next = x + kShrinkRows * outer.stride;
+      const int64_t left = rows - o - kShrinkRows, next_rows = left < kShrinkRows ? left : kShrinkRows;
+      for_rank_blocks<kShrinkRanks>(R, [&]<int kRanks>(int64_t r) {
+        const int64_t begin = r * next_rows / R, end = (r + kRanks) * next_rows / R;
+        const auto fetch = [&](int64_t i) ADAPTLORA_INLINE_LAMBDA {
+          for (int64_t m = begin; m < end; ++m) __builtin_prefetch(next + m * outer.stride + i);
+        };
+        shrink_block<kShrinkRows, kRanks>(x, outer.stride, width, F.data + r * F.stride + c, F.stride,
+                                          out + r * stride_out + o, 1, stride_out, fetch);
+      });
+    }
+    for (; o < rows; ++o) {
+      for_rank_blocks<kShrinkRanks>(R, [&]<int kRanks>(int64_t r) {
+        shrink_block<1, kRanks>(outer.data + o * outer.stride + c, outer.stride, width, F.data + r * F.stride + c,
+                                F.stride, out + r * stride_out + o, 1, stride_out, kNothingAhead);
+      });
+    }
+  }
+}
+
 // ---- rank vectors
 
 ADAPTLORA_INLINE int64_t lanes_left(int64_t n, int64_t i) { return n - i < kLanes ? n - i : kLanes; }
@@ -352,8 +449,8 @@ void scale_vector(const VectorView& src, const VectorView& dst, float factor) {
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,       dropout_mask, load_tile, drop_tile,      shrink,
-          accumulate, expand,       add_parts, sum_of_squares, scale_vector};
+  return {name,   dropout_mask, load_tile, drop_tile,        shrink,         accumulate,
+          expand, add_parts,    compose,   compose_backward, sum_of_squares, scale_vector};
 }
 
 }  // namespace

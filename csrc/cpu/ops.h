@@ -66,6 +66,16 @@ Gradients lora_delta_backward_cpu(const at::Tensor& dy, const at::Tensor& x, con
 // keep (M, K) bool: which elements the dropout of this seed keeps.
 at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold);
 
+// A (R, r_out), B (r_out, R), outer_A (r_out, K), outer_B (r_out, N), all fp32, any strides. A_eff (R, K) = A outer_A
+// and B_eff (N, R) = outer_Bᵀ B, which is the transpose of contiguous rows.
+std::tuple<at::Tensor, at::Tensor> compose_cpu(const at::Tensor& A, const at::Tensor& B, const at::Tensor& outer_A,
+                                               const at::Tensor& outer_B);
+
+// dA (R, r_out) = dA_eff outer_Aᵀ and dB (r_out, R) = outer_B dB_eff, the transpose of contiguous rows, for those given.
+std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>> compose_backward_cpu(
+    const std::optional<at::Tensor>& dA_eff, const std::optional<at::Tensor>& dB_eff, const at::Tensor& outer_A,
+    const at::Tensor& outer_B);
+
 // sources: (R_i, L_i), any real dtypes and strides. rows: int64, counts[i] row indices for each source in turn, -1
 // for a row of zeros. New contiguous tensors (counts[i], L_i), bit for bit.
 std::vector<at::Tensor> rank_gather_cpu(const std::vector<at::Tensor>& sources, const at::Tensor& rows,
