@@ -211,6 +211,44 @@ class RankNormsFunction : public torch::autograd::Function<RankNormsFunction> {
   }
 };
 
+class ComposedFunction : public torch::autograd::Function<ComposedFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& A, const at::Tensor& B,
+                               const at::Tensor& outer_A, const at::Tensor& outer_B, const at::Tensor& A_eff,
+                               const at::Tensor& B_eff) {
+    ctx->save_for_backward({outer_A, outer_B});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["rank"] = A.size(0);
+    // Aliases: a graph must not hang on the tensors that the caller keeps.
+    return {A_eff.detach(), B_eff.detach()};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const int64_t rank = ctx->saved_data["rank"].toInt();
+    std::optional<at::Tensor> upstream[2];
+    for (int64_t side = 0; side < 2; ++side) {
+      if (grads[side].defined() && ctx->needs_input_grad(side)) upstream[side] = grads[side].narrow(side, 0, rank);
+    }
+    const auto& [dA_eff, dB_eff] = upstream;
+    variable_list out(6);
+    if (!dA_eff && !dB_eff) return out;
+    if (plain_backward() && all_plain(saved) && all_plain(grads)) {
+      RECORD_FUNCTION("adaptlora::compose_backward", std::vector<c10::IValue>());
+      const auto [dA, dB] = compose_backward_cpu(dA_eff, dB_eff, saved[0], saved[1]);
+      if (dA) out[0] = *dA;
+      if (dB) out[1] = *dB;
+      return out;
+    }
+    const c10::List<bool> need({dA_eff.has_value(), dB_eff.has_value()});
+    const auto stack = call_op("adaptlora::compose_backward", {dA_eff, dB_eff, saved[0], saved[1], need});
+    for (int64_t side = 0; side < 2; ++side) {
+      if (upstream[side]) out[side] = stack[side].toTensor();
+    }
+    return out;
+  }
+};
+
 }  // namespace
 
 std::vector<at::Tensor> lora_group_autograd(const at::Tensor& x, const std::vector<at::Tensor>& weights,
@@ -229,6 +267,13 @@ std::tuple<at::Tensor, at::Tensor> rank_norms_autograd(const std::vector<at::Ten
                                                        const std::vector<at::Tensor>& Bs) {
   const variable_list norms = RankNormsFunction::apply(at::TensorList(As), at::TensorList(Bs));
   return {norms[0], norms[1]};
+}
+
+std::tuple<at::Tensor, at::Tensor> composed_autograd(const at::Tensor& A, const at::Tensor& B,
+                                                     const at::Tensor& outer_A, const at::Tensor& outer_B,
+                                                     const at::Tensor& A_eff, const at::Tensor& B_eff) {
+  const variable_list factors = ComposedFunction::apply(A, B, outer_A, outer_B, A_eff, B_eff);
+  return {factors[0], factors[1]};
 }
 
 }  // namespace adaptlora

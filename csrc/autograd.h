@@ -18,4 +18,9 @@ std::vector<at::Tensor> lora_group_autograd(const at::Tensor& x, const std::vect
 std::tuple<at::Tensor, at::Tensor> rank_norms_autograd(const std::vector<at::Tensor>& As,
                                                        const std::vector<at::Tensor>& Bs);
 
+// (A_eff, B_eff), products that are there already, as functions of A and B; more rank vectors may follow the products'.
+std::tuple<at::Tensor, at::Tensor> composed_autograd(const at::Tensor& A, const at::Tensor& B,
+                                                     const at::Tensor& outer_A, const at::Tensor& outer_B,
+                                                     const at::Tensor& A_eff, const at::Tensor& B_eff);
+
 }  // namespace adaptlora

@@ -46,6 +46,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("lora_group_direct", &adaptlora::lora_group_direct, py::arg("x"), py::arg("weights"), py::arg("biases"),
         py::arg("As"), py::arg("Bs"), py::arg("rank_scales"), py::arg("scalings"), py::arg("dropout_p"),
         py::arg("seeds"));
+  m.def("compose_direct", &adaptlora::compose_direct, py::arg("A"), py::arg("B"), py::arg("outer_A"),
+        py::arg("outer_B"));
+  m.def("composed_direct", &adaptlora::composed_direct, py::arg("operands"), py::arg("A_eff"), py::arg("B_eff"));
   m.def("rank_norms_direct", &adaptlora::rank_norms_direct, py::arg("As"), py::arg("Bs"));
 
   m.def("dropout_keep", &adaptlora::dropout_keep_cpu, py::arg("seed"), py::arg("M"), py::arg("K"),

@@ -1,6 +1,7 @@
 #include "direct.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
@@ -152,6 +153,29 @@ std::optional<std::vector<at::Tensor>> plain_matrices(py::handle object) {
   return tensors;
 }
 
+// A, B, outer_A and outer_B of a nested pair, frozen outside.
+struct Nested {
+  at::Tensor A, B, outer_A, outer_B;
+};
+
+const at::Tensor* plain_float32_matrix(py::handle object) {
+  const at::Tensor* t = plain_tensor(object);
+  return t != nullptr && t->dim() == 2 && t->scalar_type() == at::kFloat ? t : nullptr;
+}
+
+std::optional<Nested> plain_nested(const std::vector<py::handle>& objects) {
+  if (!plain_context() || objects.size() != 4) return std::nullopt;
+  const at::Tensor* t[4];
+  for (size_t i = 0; i < 4; ++i) {
+    t[i] = plain_float32_matrix(objects[i]);
+    if (t[i] == nullptr) return std::nullopt;
+  }
+  const int64_t R = t[0]->size(0), r_out = t[0]->size(1);
+  const bool fits = t[1]->size(0) == r_out && t[1]->size(1) == R && t[2]->size(0) == r_out && t[3]->size(0) == r_out &&
+                    frozen(*t[2]) && frozen(*t[3]);
+  return fits ? std::optional<Nested>({*t[0], *t[1], *t[2], *t[3]}) : std::nullopt;
+}
+
 }  // namespace
 
 py::object lora_linear_direct(py::handle x, py::handle weight, py::handle bias, py::handle A, py::handle B,
@@ -190,6 +214,26 @@ py::object rank_norms_direct(py::handle As, py::handle Bs) {
     return rank_norms_autograd(*tensors_A, *tensors_B);
   }();
   return py::cast(norms);
+}
+
+py::object compose_direct(py::handle A, py::handle B, py::handle outer_A, py::handle outer_B) {
+  const auto nested = plain_nested({A, B, outer_A, outer_B});
+  if (!nested) return py::none();
+  const auto factors = [&] {
+    const py::gil_scoped_release no_gil;
+    RECORD_FUNCTION("adaptlora::compose", std::vector<c10::IValue>());
+    const auto [A_eff, B_eff] = compose_cpu(nested->A, nested->B, nested->outer_A, nested->outer_B);
+    return composed_autograd(nested->A, nested->B, nested->outer_A, nested->outer_B, A_eff, B_eff);
+  }();
+  return py::cast(factors);
+}
+
+py::object composed_direct(py::handle operands, py::handle A_eff, py::handle B_eff) {
+  const auto objects = items(operands);
+  const auto nested = objects ? plain_nested(*objects) : std::nullopt;
+  const at::Tensor *rows = plain_float32_matrix(A_eff), *columns = plain_float32_matrix(B_eff);
+  if (!nested || rows == nullptr || columns == nullptr) return py::none();
+  return py::cast(composed_autograd(nested->A, nested->B, nested->outer_A, nested->outer_B, *rows, *columns));
 }
 
 }  // namespace adaptlora

@@ -22,4 +22,11 @@ pybind11::object lora_group_direct(pybind11::handle x, pybind11::handle weights,
 // (norms_A, norms_B), as rank_norms_cpu.
 pybind11::object rank_norms_direct(pybind11::handle As, pybind11::handle Bs);
 
+// (A_eff, B_eff), as compose_cpu.
+pybind11::object compose_direct(pybind11::handle A, pybind11::handle B, pybind11::handle outer_A,
+                                pybind11::handle outer_B);
+
+// (A_eff, B_eff) as given, with the gradients of compose's; `operands` is the tuple (A, B, outer_A, outer_B).
+pybind11::object composed_direct(pybind11::handle operands, pybind11::handle A_eff, pybind11::handle B_eff);
+
 }  // namespace adaptlora

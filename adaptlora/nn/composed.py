@@ -5,30 +5,30 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..ops._library import no_autocast
+from .. import ops
+from ..ops import _backend
 
 
 def compose(lora_A, lora_B, outer_A, outer_B, rest=None) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    A_eff = A' outer_A, B_effᵀ = B'ᵀ outer_B, in plain differentiable torch operations.
+    `ops.compose`, where torch.compile traces in plain torch operations, which it fuses with what is around them.
 
     Args:
-        lora_A: A' (r, r_out).   lora_B: B' (r_out, r).   outer_A: (r_out, K).   outer_B: (r_out, N).
         rest: more rank vectors to put behind, a pair (q, K) and (q, N), or None.
     Returns: A_eff (r + q, K) and B_eff (N, r + q), both rank-major.
     """
-    with no_autocast(lora_A):
-        rows_A, rows_B = lora_A @ outer_A, lora_B.t() @ outer_B
+    products = ops.compose_ref if torch.compiler.is_compiling() else ops.compose
+    A_eff, B_eff = products(lora_A, lora_B, outer_A, outer_B)
     if rest is not None:
-        rows_A, rows_B = torch.cat([rows_A, rest[0]]), torch.cat([rows_B, rest[1]])
-    return rows_A, rows_B.t()
+        A_eff, B_eff = torch.cat([A_eff, rest[0]]), torch.cat([B_eff.t(), rest[1]]).t()
+    return A_eff, B_eff
 
 
 class _Composed(torch.autograd.Function):
     """
     (A_eff, B_eff) as functions of A' and B', for products that are there already: one node a call, and no product of its own.
 
-    dA' = dA_eff outer_Aᵀ and dB'ᵀ = dB_effᵀ outer_Bᵀ, over the rows that A' and B' made. Second derivatives are right: both are linear.
+    The gradients are those of `ops.compose`, over the rows that A' and B' made. csrc/autograd.cpp has the same node for plain calls.
     """
 
     @staticmethod
@@ -41,14 +41,15 @@ class _Composed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dA_eff, dB_eff):
-        outer_A, outer_B = ctx.saved_tensors
-        dA = dB = None
-        with no_autocast(outer_A):
-            if dA_eff is not None and ctx.needs_input_grad[0]:
-                dA = dA_eff[: ctx.rank] @ outer_A.t()
-            if dB_eff is not None and ctx.needs_input_grad[1]:
-                dB = (dB_eff[:, : ctx.rank].t() @ outer_B.t()).t()
-        return dA, dB, None, None, None, None
+        upstream = [
+            d.narrow(side, 0, ctx.rank) if d is not None and ctx.needs_input_grad[side] else None
+            for side, d in enumerate((dA_eff, dB_eff))
+        ]
+        need = [d is not None for d in upstream]
+        grads = (None, None)
+        if any(need):
+            grads = torch.ops.adaptlora.compose_backward(*upstream, *ctx.saved_tensors, need)
+        return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ class ComposedFactors:
                 self._entry = _Entry(key, tuple(t.detach() for t in operands), factors)
         else:
             factors = self._entry.factors
-        return _Composed.apply(*operands, *factors)
+        direct = _backend.direct(operands[0])
+        composed = None if direct is None else direct.composed_direct(operands, *factors)
+        return _Composed.apply(*operands, *factors) if composed is None else composed
 
     def __reduce__(self):
         return ComposedFactors, ()

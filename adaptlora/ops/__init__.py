@@ -1,5 +1,6 @@
 """Fused ops for libraries: public functions here, which check their arguments, and `torch.ops.adaptlora.*`, which trust the caller."""
 
+from .compose import compose, compose_ref
 from .lora_delta import lora_delta_, lora_delta_ref
 from .lora_group import lora_group, lora_group_ref
 from .lora_linear import lora_linear, lora_linear_ref
@@ -14,6 +15,8 @@ from .subspace_overlap import subspace_overlap, subspace_overlap_ref
 __all__ = [
     "SVD",
     "RandomizedSVD",
+    "compose",
+    "compose_ref",
     "lora_delta_",
     "lora_delta_ref",
     "lora_group",

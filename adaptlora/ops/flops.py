@@ -8,7 +8,17 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import lora_delta, lora_group, lora_linear  # noqa: F401  (defines the ops)
+from . import compose, lora_delta, lora_group, lora_linear  # noqa: F401  (defines the ops)
+
+
+@register_flop_formula(torch.ops.adaptlora.compose)
+def _(lora_A, lora_B, outer_A, outer_B, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(lora_A) * (outer_A[1] + outer_B[1])
+
+
+@register_flop_formula(torch.ops.adaptlora.compose_backward)
+def _(dA_eff, dB_eff, outer_A, outer_B, need, out_shape=None, **kwargs) -> int:
+    return sum(2 * math.prod(d) * outer_A[0] for d, needed in zip((dA_eff, dB_eff), need, strict=True) if needed)
 
 
 @register_flop_formula([torch.ops.adaptlora.lora_delta_, torch.ops.adaptlora.lora_delta])
