@@ -49,6 +49,8 @@ def samples() -> dict[str, tuple]:
         "rank_scale": (*plain_pair, torch.randn(R + 2), torch.randn(R + 2)),
         "rank_shrink_": (*[[t.clone() for t in side] for side in plain_pair], 0.1, 0.1, "sqrt"),
         "rank_gather": ([plain[1], plain[2].t()], torch.tensor([2, 0, 1]), [2, 1]),
+        "compose": (leaf(R, 7), torch.randn(R, 7).t().requires_grad_(), torch.randn(7, K), torch.randn(7, N)),
+        "compose_backward": (torch.randn(R, K), torch.randn(R, N).t(), torch.randn(7, K), torch.randn(7, N), [True] * 2),
         "low_rank_svd": plain_pair,
         "randomized_svd": ([weight, weight, torch.randn(3, 4)], 3, 2, 1, 1e-5, 0),
         "subspace_overlap": (torch.randn(2, N, 4), torch.randn(2, N, 3)),
