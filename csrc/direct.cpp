@@ -222,10 +222,8 @@ py::object compose_direct(py::handle A, py::handle B, py::handle outer_A, py::ha
   const auto factors = [&] {
     const py::gil_scoped_release no_gil;
     RECORD_FUNCTION("adaptlora::compose", std::vector<c10::IValue>());
-    const auto& [A, B, outer_A, outer_B] = *nested;
-    auto products = compose_cpu(A, B, outer_A, outer_B);
-    if (frozen(A) && frozen(B)) return products;
-    return composed_autograd(A, B, outer_A, outer_B, std::get<0>(products), std::get<1>(products));
+    const auto [A_eff, B_eff] = compose_cpu(nested->A, nested->B, nested->outer_A, nested->outer_B);
+    return composed_autograd(nested->A, nested->B, nested->outer_A, nested->outer_B, A_eff, B_eff);
   }();
   return py::cast(factors);
 }
