@@ -322,6 +322,8 @@ void add_parts(const float* parts, int64_t n_parts, int64_t stride, int64_t n, f
 //
 // Both read an outer factor once, from memory, and would wait for it: each block of ranks fetches its share of what comes
 // next, so that reads are spread over the arithmetic. A processor has some 24 lines under way; more at once, and it waits.
+// MiniLM's 72 outer factors (r_out 256, 42 MB), R = 16, one core of an AMD EPYC with AVX2: reading alone 2.8 ms, arithmetic alone
+// 3.9 ms forward and 4.9 ms backward, which are the prediction; measured 6.0 and 7.4 ms, where torch.mm takes 8.3 and 9.2 ms.
 
 constexpr int64_t kLine = 16;         // floats
 constexpr int64_t kComposeCols = 384;
