@@ -74,4 +74,4 @@ def test_step(compare, quick, name):
         "NoRA in its serial form": lambda: serial.step(batch),
     }
     facts = {"texts": texts, "tokens": tokens, "modules": len(nora.adapter.layers)}
-    compare(name, providers, floor=f"adaptlora LoRA, r = {R}", rounds=31 if name == "minilm" else 9, facts=facts)
+    compare(name, providers, floor=f"adaptlora LoRA, r = {R}", rounds=15 if name == "minilm" else 7, facts=facts)
