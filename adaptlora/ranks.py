@@ -45,7 +45,7 @@ def _is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
 def uniform_rows(count: int, K: int, generator: torch.Generator | None) -> torch.Tensor:
     """`count` rows of PEFT's initial A: U(−1/√K, 1/√K), which is kaiming_uniform with a = √5; drawn on the CPU in float32."""
     bound = 1 / math.sqrt(K) if K else 0.0
-    return torch.empty(count, K).uniform_(-bound, bound, generator=generator)
+    return torch.empty(count, K, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 @dataclasses.dataclass
@@ -145,6 +145,7 @@ class RankedPair(nn.Module):
     ):
         super().__init__()
         capacity = r if capacity is None else capacity
+        dtype = torch.get_default_dtype() if dtype is None else dtype
         if r < 0:
             raise ValueError(f"RankedPair: r must be ≥ 0, got {r}")
         if capacity < r:
