@@ -4,6 +4,8 @@ from . import nn, ops
 from .adapter import Adapter, RankChange, attach, load, trained_parameters
 from .config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
+from .logs import log_values
+from .methods import NonFiniteError
 from .ranks import RankedPair
 from .shear import (
     DropConfig,
@@ -25,6 +27,7 @@ __all__ = [
     "LoraConfig",
     "NoRAConfig",
     "NoRMConfig",
+    "NonFiniteError",
     "NormALConfig",
     "RandomConfig",
     "RankChange",
@@ -35,6 +38,7 @@ __all__ = [
     "attach",
     "dynamic_ranks",
     "load",
+    "log_values",
     "nn",
     "ops",
     "shear",

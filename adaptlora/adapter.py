@@ -10,7 +10,7 @@ from torch import nn
 
 from . import io, nora_files
 from .config import LoraConfig
-from .methods import METHODS, Attachment, Method, check_config
+from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear, Outer
 from .ranks import FACTORS, commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
@@ -235,8 +235,9 @@ class Adapter:
             loss: task loss of that step without the penalty: number or one-element tensor. Only adaptive schedules need it; it is
                 checked where it is given, but on a GPU nobody waits for one that is not needed.
         Returns: RankChange if ranks changed, else None.
-        Raises: ValueError (loss not finite or missing, optimizer not tracked), TypeError (an optimizer's state that cannot
-            follow). Ranks, weights, optimizer state and the method are then as before.
+        Raises: NonFiniteError, a ValueError (the loss, or norms that ranks are decided by), ValueError (loss missing, optimizer not
+            tracked), TypeError (an optimizer's state that cannot follow). Ranks, weights, optimizer state and the method are then as
+            before, and the step was not counted: what it was to do is for the next call to do.
         """
         self.check_trainable("step")
         value = self._loss_value(loss)
@@ -290,7 +291,7 @@ class Adapter:
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"step: loss must be a number or a one-element tensor, got {loss!r}") from error
         if not math.isfinite(value):
-            raise ValueError(f"step: loss must be finite, got {value}")
+            raise NonFiniteError(f"step: loss must be finite, got {value}")
         return value
 
     def _tracked_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -313,11 +314,14 @@ class Adapter:
             self._seen = seen
         return optimizers
 
-    def callback(self):
-        """A transformers TrainerCallback that does all of the above inside `Trainer`: Trainer(…, callbacks=[adapter.callback()])."""
+    def callback(self, **options):
+        """
+        A transformers TrainerCallback that does all of the above inside `Trainer` and TRL's: Trainer(…, callbacks=[adapter.callback()]).
+        Options: those of `integrations.transformers.AdapterCallback`.
+        """
         from .integrations.transformers import AdapterCallback
 
-        return AdapterCallback(self)
+        return AdapterCallback(self, **options)
 
     # What it is now
 

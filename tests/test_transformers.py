@@ -3,11 +3,9 @@
 import pytest
 import torch
 from models import bert_batch, tiny_bert
-from transformers import Trainer, TrainingArguments
+from training_loops import STEPS, run_raw, run_trainer
 
 import adaptlora
-
-STEPS = 6
 
 
 def make(dtype=torch.float64, **fields):
@@ -18,63 +16,6 @@ def make(dtype=torch.float64, **fields):
     return adaptlora.attach(tiny_bert().to(dtype), adaptlora.NormALConfig(**base | fields))
 
 
-def examples(count):
-    data = bert_batch(size=count)
-    return [{key: value[i] for key, value in data.items()} for i in range(count)]
-
-
-def run_trainer(adapter, tmp_path, accumulation=1, resume=None, evaluate=False, **arguments):
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=STEPS,
-        per_device_train_batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        max_grad_norm=arguments.pop("max_grad_norm", 0.0),
-        report_to=[],
-        save_strategy=arguments.pop("save_strategy", "no"),
-        use_cpu=True,
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        **arguments,
-    )
-    data = examples(4 * STEPS)
-    trainer = Trainer(
-        adapter.model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data if evaluate else None,
-        callbacks=[adapter.callback()],
-    )
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    return trainer
-
-
-def run_raw(adapter, accumulation=1, max_grad_norm=0.0):
-    """The same by hand. Trainer leaves the mean over micro-batches to models that take num_items_in_batch; BERT's
-    classification loss takes and ignores it, so what Trainer trains is the sum of the micro-batches' losses."""
-    adapter.model.train()
-    decayed = [p for p in adapter.parameters() if p.dim() > 1]
-    others = [p for p in adapter.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-2
-    )
-    adapter.track(optimizer)
-    data = examples(4 * STEPS)
-    for step in range(STEPS):
-        rows = data[4 * step : 4 * step + 4]
-        inputs = {key: torch.stack([row[key] for row in rows]).chunk(accumulation) for key in rows[0]}
-        loss = sum(adapter.model(**{key: parts[i] for key, parts in inputs.items()}).loss for i in range(accumulation))
-        (loss + adapter.penalty()).backward()
-        if max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(adapter.parameters(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        adapter.step(loss)
-
-
 @pytest.mark.parametrize("penalty_step", ["gradient", "proximal"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
@@ -83,7 +24,7 @@ def test_trainer_equals_the_raw_loop(penalty_step, accumulation, max_grad_norm, 
     by_trainer = make(penalty_step=penalty_step, eta_p=eta)
     by_hand = make(penalty_step=penalty_step, eta_p=eta)
     run_trainer(by_trainer, tmp_path, accumulation, max_grad_norm=max_grad_norm)
-    run_raw(by_hand, accumulation, max_grad_norm)
+    run_raw(by_hand, accumulation, max_grad_norm=max_grad_norm)
     assert by_trainer.ranks() == by_hand.ranks() and set(by_hand.ranks().values()) != {4}
     assert by_trainer.method.t == STEPS
     for mine, expected in zip(by_trainer.parameters(), by_hand.parameters(), strict=True):
@@ -173,19 +114,6 @@ def test_an_adaptive_run_that_never_clips_says_so(tmp_path):
     adapter = make(schedule="adaptive", min_steps=100)
     with pytest.warns(UserWarning, match=r"the ranks were not changed in 6 steps \(phase: penalty\)"):
         run_trainer(adapter, tmp_path)
-
-
-def test_an_adaptive_schedule_without_the_models_loss_is_an_error(tmp_path):
-    adapter = make(schedule="adaptive")
-    with pytest.raises(ValueError, match='the model must return its loss for schedule="adaptive"'):
-        run_trainer(adapter, tmp_path, label_smoothing_factor=0.1)
-
-
-def test_mixed_precision(tmp_path):
-    adapter = make(torch.float32)
-    run_trainer(adapter, tmp_path, bf16=True)
-    assert adapter.method.phase == "clipped"
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in adapter.parameters())
 
 
 # La-LoRA: ranks change in every step

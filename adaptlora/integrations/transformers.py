@@ -1,13 +1,31 @@
-"""The transformers callback: `Trainer(model, …, callbacks=[adapter.callback()])` runs the whole method."""
+"""The transformers callback: `Trainer(model, …, callbacks=[adapter.callback()])` runs the whole method, TRL's trainers too."""
 
+import contextlib
+import functools
+import inspect
 import json
 import warnings
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..logs import log_values
+from ..methods import NonFiniteError
+from .compile import dynamic_ranks
+
 ADAPTER_FOLDER = "adapter"
+
+
+def _running_trainer() -> Trainer | None:
+    """The Trainer whose event is being handled, from the stack: transformers gives callbacks no reference to it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 class AdapterCallback(TrainerCallback, ExportableState):
@@ -15,15 +33,25 @@ class AdapterCallback(TrainerCallback, ExportableState):
     Adds the penalty's gradient once per optimizer step, whatever the loss is, and lets the method decide after it.
 
     The penalty is differentiated at the start of a step, before its first micro-batch, so that gradient accumulation sums the
-    task's gradients onto it and clipping sees both: the same gradient as that of loss + penalty. Steps are optimizer steps.
-    Adaptive schedules read the model's own `loss` output. Each checkpoint gets a PEFT adapter in its folder `adapter/`, and
-    the method's state in its trainer_state.json, from which `resume_from_checkpoint` and `load_best_model_at_end` take it.
+    task's gradients onto it and clipping sees both: the same gradient as that of loss + penalty. Steps are optimizer steps that were
+    made: one that a GradScaler skips does not count. Adaptive schedules read the loss that Trainer differentiates, its own, the
+    model's or yours. Where the loss or the norms are not finite the method's step is refused with a warning, training goes on, and the
+    method does after the next step what it was to do.
+
+    Every training log gets `log_values`. Each checkpoint gets a PEFT adapter in its folder `adapter/`, and the method's state in its
+    trainer_state.json, from which `resume_from_checkpoint` and `load_best_model_at_end` take it.
+
+    Args:
+        log_modules: also log every module's rank.
     """
 
-    def __init__(self, adapter):
+    def __init__(self, adapter, *, log_modules: bool = False):
         self.adapter = adapter
+        self.log_modules = log_modules
         self._losses = []
-        self._hook = None
+        self._refused = 0
+        self._scale: float | None = None  # a GradScaler's, before the optimizer's step
+        self._training = contextlib.ExitStack()  # what is set up for the time of a training
 
     def state(self) -> dict:
         """What Trainer writes into a checkpoint beside the model's own tensors."""
@@ -32,12 +60,24 @@ class AdapterCallback(TrainerCallback, ExportableState):
 
     def _restore(self, stateful_callbacks: dict) -> None:
         saved = stateful_callbacks.get(type(self).__name__)
-        if saved:
-            self.adapter.method.load_state_dict(saved["attributes"]["method"])
-            for name, scaling in saved["attributes"]["scalings"].items():
-                self.adapter.layers[name].scaling = scaling
+        if not saved:
+            return
+        method, scalings = saved["attributes"]["method"], saved["attributes"]["scalings"]
+        mine = self.state()["attributes"]
+        for field, found, expected in (("modules", scalings, mine["scalings"]), ("method", method, mine["method"])):
+            if found.keys() != expected.keys():
+                different = sorted(found.keys() ^ expected.keys())
+                raise ValueError(
+                    f"Trainer: the checkpoint must be of this adapter's {field} (attach with the configuration it was made with), "
+                    f"got a difference in {different[:5]}"
+                )
+        self.adapter.method.check_state(method)
+        self.adapter.method.load_state_dict(method)
+        for name, scaling in scalings.items():
+            self.adapter.layers[name].scaling = scaling
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self._training.close()  # of a training that an error ended
         if state.global_step:
             self._restore(state.stateful_callbacks)
         method = self.adapter.method
@@ -48,19 +88,36 @@ class AdapterCallback(TrainerCallback, ExportableState):
             )
         self.adapter.track(optimizer)
         self._losses.clear()
-        self._remove_hook()
-        if method.needs_loss():
-            self._hook = self.adapter.model.register_forward_hook(self._record_loss, with_kwargs=True)
+        self._refused = 0
+        trainer = _running_trainer()
+        if trainer is not None:
+            self._go_first(trainer.callback_handler.callbacks)
+            if method.needs_loss():
+                self._watch_losses(trainer)
+        if args.torch_compile:
+            self._training.enter_context(dynamic_ranks())
 
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+    def _go_first(self, callbacks: list) -> None:
+        """Reporters come before callbacks that users add: what is to be in a log must be there before them."""
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
 
-    def _record_loss(self, model, inputs, keywords, output):
-        loss = output.get("loss") if hasattr(output, "get") else None
-        if model.training and loss is not None:
-            self._losses.append((loss.detach(), keywords.get("num_items_in_batch") is not None))
+    def _watch_losses(self, trainer: Trainer) -> None:
+        training_step = trainer.training_step
+
+        @functools.wraps(training_step)
+        def watched(*args, **kwargs):
+            loss = training_step(*args, **kwargs)
+            self._losses.append(loss)
+            return loss
+
+        own = vars(trainer).get("training_step")
+        trainer.training_step = watched
+        if own is None:
+            self._training.callback(vars(trainer).pop, "training_step", None)
+        else:
+            self._training.callback(setattr, trainer, "training_step", own)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self._losses.clear()
@@ -69,29 +126,52 @@ class AdapterCallback(TrainerCallback, ExportableState):
             scaler = getattr(optimizer, "scaler", None)
             (penalty if scaler is None else scaler.scale(penalty)).backward()
 
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)
+        self._scale = None if scaler is None else scaler.get_scale()
+
+    def _was_skipped(self, optimizer) -> bool:
+        """Whether gradients overflowed: accelerate cannot tell where a fused optimizer leaves the step out itself; the scale can."""
+        if self._scale is None:
+            return False
+        return optimizer.step_was_skipped or optimizer.scaler.get_scale() < self._scale
+
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        if not getattr(optimizer, "step_was_skipped", False):
+        if self._was_skipped(optimizer):
+            return
+        try:
             self.adapter.step(self._step_loss())
+        except NonFiniteError as error:
+            if not self._refused:
+                warnings.warn(
+                    f"Trainer: step {state.global_step + 1}: {error}. Ranks are left as they are until it is finite again; a lower "
+                    "learning rate, max_grad_norm, or a checkpoint from before may help",
+                    stacklevel=2,
+                )
+            self._refused += 1
 
     def _step_loss(self):
-        if not self._losses:
-            if self.adapter.method.needs_loss():
-                raise ValueError(
-                    'Trainer: the model must return its loss for schedule="adaptive" (label smoothing and a compute_loss of your '
-                    "own take the labels from it), got none; give t_p and t_c instead"
-                )
-            return None
-        losses = [float(loss) for loss, _ in self._losses]
-        # With num_items_in_batch each micro-batch holds its share of the step's mean; without it, its own mean.
-        shares = all(share for _, share in self._losses)
-        return sum(losses) / (1 if shares else len(losses))
+        # What Trainer returns of each micro-batch is its share of the step's loss.
+        if self.adapter.method.needs_loss() and self._losses:
+            return sum(float(loss) for loss in self._losses)
+        return None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is None or "loss" not in logs:
+            return  # of an evaluation, or the summary at the end
+        values = log_values(self.adapter, modules=self.log_modules)
+        if self._refused:
+            values["rank/refused"] = self._refused
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.adapter.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ADAPTER_FOLDER)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._remove_hook()
+        self._training.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             file = Path(state.best_model_checkpoint) / "trainer_state.json"
             self._restore(json.loads(file.read_text(encoding="utf-8"))["stateful_callbacks"])

@@ -1,12 +1,12 @@
 """What decides the ranks while a model trains."""
 
 from ..config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
-from .base import Attachment, Method
+from .base import Attachment, Method, NonFiniteError
 from .lalora import LaLoRA
 from .nora import NoRA
 from .normal import NormAL
 
-__all__ = ["METHODS", "Attachment", "Method", "check_config"]
+__all__ = ["METHODS", "Attachment", "Method", "NonFiniteError", "check_config"]
 
 METHODS = {LoraConfig: Method, NormALConfig: NormAL, LaLoRAConfig: LaLoRA, NoRAConfig: NoRA}
 

@@ -10,6 +10,10 @@ from ..nn import LoraLinear, linear_shape
 from ..targets import pattern_value
 
 
+class NonFiniteError(ValueError):
+    """A loss, or the norms that ranks are decided by, are NaN or infinite: nothing has changed, and training can go on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Attachment:
     """
@@ -146,6 +150,10 @@ class Method:
 
     def summary(self) -> dict:
         """What `Adapter.summary` says beyond the sizes that all methods have."""
+        return {}
+
+    def log_values(self) -> dict[str, float]:
+        """Numbers for a training log, beyond ranks, norms and sizes."""
         return {}
 
     def history(self) -> dict | None:

@@ -9,7 +9,7 @@ from ..config import LaLoRAConfig
 from ..ops import rank_norms
 from ..ranks import FACTORS
 from ..targets import block_of
-from .base import Method
+from .base import Method, NonFiniteError
 
 
 def next_budget(budget: float, growths: list[float], gamma: float, caps: list[int]) -> float:
@@ -202,7 +202,7 @@ class LaLoRA(Method):
     def _norms(self) -> torch.Tensor:
         """
         ‖A_{|k}‖ and ‖B_{|k}‖ of every module for every k, (2, modules, largest r + 1) float64 on the host: one `rank_norms`, and one copy
-        from the device. Vectors that a module has no room for count as zeros.  Raises: ValueError (a norm that is not finite).
+        from the device. Vectors that a module has no room for count as zeros.  Raises: NonFiniteError.
         """
         with torch.no_grad():
             norms_A, norms_B = rank_norms(*zip(*(pair.whole() for pair in self.pairs), strict=True))
@@ -217,7 +217,7 @@ class LaLoRA(Method):
         if not flat.isfinite().all():
             bad = (~flat.isfinite()).any(0).nonzero()[0].item()
             index = bisect_right([sum(held[: i + 1]) for i in range(len(held))], bad)
-            raise ValueError(
+            raise NonFiniteError(
                 f"La-LoRA: {list(self.layers)[index]}: norms of the rank vectors must be finite, got {flat[:, bad].tolist()}"
             )
         squares = flat.new_zeros(2, len(held), max(*held, *self.caps) + 1)
@@ -270,6 +270,9 @@ class LaLoRA(Method):
         return self._by_group((fidelity * at.flip(0)).sum(0))
 
     def summary(self) -> dict:
+        return {"budget": self.budget}
+
+    def log_values(self) -> dict[str, float]:
         return {"budget": self.budget}
 
     def history(self) -> dict:

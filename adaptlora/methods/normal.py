@@ -8,7 +8,7 @@ import torch
 from ..config import NormALConfig
 from ..nn import LoraLinear
 from ..ops import rank_norms, rank_penalty, rank_shrink_
-from .base import Method
+from .base import Method, NonFiniteError
 
 
 def scores(norms_A: list[float], norms_B: list[float]) -> list[float]:
@@ -112,7 +112,10 @@ class NormAL(Method):
 
     def penalty(self) -> torch.Tensor | None:
         """η_p · P while t < t_p, for penalty_step="gradient".          [Eq. 5]"""
-        if self.phase != "penalty" or self.config.penalty_step != "gradient" or self.config.penalty == "none":
+        return self._term() if self.config.penalty_step == "gradient" else None
+
+    def _term(self) -> torch.Tensor | None:
+        if self.phase != "penalty" or self.config.penalty == "none":
             return None
         eta = self.config.eta_p / (max(self.full_ranks.values()) if self.config.penalty_mean else 1)
         return eta * rank_penalty(*self._factors(), kind=self.config.penalty)
@@ -162,14 +165,20 @@ class NormAL(Method):
         if self.t_p is not None and (forced or (self.change is not None and self.change < config.lambda_c)):
             self.t_c = self.t
 
+    def log_values(self) -> dict[str, float]:
+        """penalty: η_p · P, of the proximal step too; 0 once there is none."""
+        with torch.no_grad():
+            term = self._term()
+        return {"penalty": 0.0 if term is None else float(term)}
+
     def scores(self) -> dict[str, list[float]]:
-        """Scores of every module's vectors now; one `rank_norms` call.  Raises: ValueError (a norm is not finite)."""
+        """Scores of every module's vectors now; one `rank_norms` call.  Raises: NonFiniteError."""
         norms_A, norms_B = rank_norms(*self._factors())
         result = {}
         for name, *norms in zip(self.layers, norms_A, norms_B, strict=True):
             of_A, of_B = (n.tolist() for n in norms)
             if not all(map(math.isfinite, of_A + of_B)):
-                raise ValueError(f"NormAL: {name}: norms of the rank vectors must be finite, got {of_A} and {of_B}")
+                raise NonFiniteError(f"NormAL: {name}: norms of the rank vectors must be finite, got {of_A} and {of_B}")
             result[name] = scores(of_A, of_B)
         return result
 
