@@ -1,6 +1,7 @@
 """La-LoRA: a budget of ranks that grows with the norms, shared out over groups of modules.          [La-LoRA, Eq. 5–10]"""
 
 import math
+from array import array
 from bisect import bisect_right
 
 import torch
@@ -88,7 +89,7 @@ class LaLoRA(Method):
         self.sizes: list[float] | None = None  # s_i of the last allocation, at the ranks that it was followed by
         self.truncated: list[list[float]] | None = None  # ‖A‖ and ‖B‖ of every module then, likewise
         self.start: list[int] = list(self.group_ranks)
-        self.changes: list[list[int]] = []  # [step, group, rank]
+        self._made = array("q")  # step, group, rank of every change: nothing but numbers, since it grows with the run
         self._changes: list[list[int]] = []  # of the step that is being made
 
     @staticmethod
@@ -137,7 +138,7 @@ class LaLoRA(Method):
             return
         self.group_ranks = self._per_group("rank", [ranks[name] for name in self.layers])
         self.budget = float(sum(self.group_ranks))
-        self.start, self.changes, self.fisher, self._fisher = list(self.group_ranks), [], None, None
+        self.start, self._made, self.fisher, self._fisher = list(self.group_ranks), array("q"), None, None
         self._measure(self._norms())
 
     def begin(self) -> None:
@@ -242,7 +243,13 @@ class LaLoRA(Method):
         return [total / rank for total, rank in zip(sums, self.group_ranks, strict=True)]
 
     def changed(self, ranks: dict[str, int]) -> None:
-        self.changes += self._changes
+        for change in self._changes:
+            self._made.extend(change)
+
+    @property
+    def changes(self) -> list[list[int]]:
+        """[step, group, rank] of every change so far."""
+        return [list(change) for change in zip(*[iter(self._made)] * 3, strict=True)]
 
     def _measure(self, norms: torch.Tensor) -> None:
         """Keep of this step what the next allocation compares with, at the ranks it will find."""
@@ -289,7 +296,7 @@ class LaLoRA(Method):
     def state_dict(self) -> dict:
         if self._fisher is not None:
             self.fisher = self._fisher.tolist()
-        return self.step_state() | {"start": self.start, "changes": list(self.changes)}
+        return self.step_state() | {"start": self.start, "changes": self.changes}
 
     def check_state(self, state: dict) -> None:
         L, modules = len(self.groups), len(self.layers)
@@ -304,9 +311,12 @@ class LaLoRA(Method):
         numbers = [*state["group_ranks"], *state["sizes"], *(state["fisher"] or []), state["budget"], state["t"]]
         if not all(isinstance(number, (int, float)) for number in numbers):
             raise ValueError(f"method's state must hold numbers, got {numbers!r}")
+        for change in state["changes"] if isinstance(state["changes"], list) else [state["changes"]]:
+            if not (isinstance(change, list) and len(change) == 3 and all(isinstance(n, int) for n in change)):
+                raise ValueError(f"method's changes must be [step, group, rank] each, got {change!r}")
 
     def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
+        super().load_state_dict({name: value for name, value in state.items() if name != "changes"})
         if "changes" in state:
             self._fisher = self._read_at = None
-            self.changes = list(state["changes"])
+            self._made = array("q", (number for change in state["changes"] for number in change))
