@@ -4,7 +4,15 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
 
 import adaptlora
@@ -109,3 +117,36 @@ def test_sft_equals_the_raw_loop(name, accumulation, tmp_path):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-7)
     last = [row for row in trainer.state.log_history if "loss" in row][-1]
     assert last["rank/average"] == sum(by_sft.ranks().values()) / len(by_sft.ranks())
+
+
+def test_trainer_takes_a_quantised_base(tmp_path):
+    """QLoRA's setting: transformers loads the base in 4 bits; the frozen bytes stay as they are, a checkpoint resumes."""
+    single = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**single, num_attention_heads=2, pad_token_id=0)).save_pretrained(tmp_path / "base")
+    texts = [{"input_ids": row, "labels": row} for row in rows()]
+
+    def make():
+        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation)
+        return adaptlora.attach(base, CONFIGS["NormAL"])
+
+    def train(adapter, resume=None):
+        arguments = TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=STEPS,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            save_steps=2,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(adapter.model, arguments, train_dataset=texts, callbacks=[adapter.callback()])
+        trainer.train(resume_from_checkpoint=resume)
+
+    whole, resumed = make(), make()
+    packed = whole.layers["model.layers.0.mlp.up_proj"].weight.clone()
+    train(whole)
+    assert whole.model.is_quantized and whole.method.clipped
+    assert torch.equal(whole.layers["model.layers.0.mlp.up_proj"].weight, packed)
+    train(resumed, str(tmp_path / "run" / "checkpoint-2"))
+    assert all(map(torch.equal, whole.factors(), resumed.factors()))

@@ -52,6 +52,10 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self._refused = 0
         self._scale: float | None = None  # a GradScaler's, before the optimizer's step
         self._training = contextlib.ExitStack()  # what is set up for the time of a training
+        # Trainer's constructor refuses quantised models that have no adapter of PEFT's; after it nothing asks.
+        self._quantised = getattr(adapter.model, "is_quantized", False)
+        if self._quantised:
+            adapter.model.is_quantized = False
 
     def state(self) -> dict:
         """What Trainer writes into a checkpoint beside the model's own tensors."""
@@ -75,6 +79,10 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self.adapter.method.load_state_dict(method)
         for name, scaling in scalings.items():
             self.adapter.layers[name].scaling = scaling
+
+    def on_init_end(self, args, state, control, **kwargs):
+        if self._quantised:
+            self.adapter.model.is_quantized = True
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         self._training.close()  # of a training that an error ended
