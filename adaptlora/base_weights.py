@@ -1,7 +1,6 @@
 """Base weights read one module at a time from safetensors: a transformers folder, sharded or not, or a single file."""
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .files import open_tensors
+from .tensor_files import open_tensors
+from .text_files import read_json
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -20,6 +20,7 @@ _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embedd
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 _KOHYA_PREFIX = re.compile(r"lora_[a-z0-9]+_")
+_MOST_BYTES = 1 << 28  # of an index
 _MAX_PREFIX = 2  # components of a module's name that the base may lack, as in base.model.layers
 
 
@@ -42,7 +43,7 @@ class BaseWeights:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.config = _read_json(self.path / "config.json") if (self.path / "config.json").is_file() else {}
+        self.config = _read_config(self.path / "config.json")
         if self.config.get("quantization_config"):
             raise ValueError(f"base: {self.path} must not be quantised, got quantization_config in config.json")
         self.index, self.files, weight_map = _files(self.path)
@@ -147,14 +148,12 @@ def _ends_with(name: str, ends: tuple[str, ...]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"base: {file} must be JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"base: {file} must hold an object, got {type(content).__name__}")
-    return content
+def _read_config(file: Path) -> dict:
+    """config.json, {} where there is none. Some hold Infinity."""
+    config = read_json("base", file, strict=False) if file.exists() else {}
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise ValueError(f"base: {file}: text_config must be an object, got {config['text_config']!r:.80}")
+    return config
 
 
 def _files(path: Path) -> tuple[Path | None, list[Path], dict[str, str]]:
@@ -166,7 +165,7 @@ def _files(path: Path) -> tuple[Path | None, list[Path], dict[str, str]]:
         if single.is_file():
             return None, [single], {}
         if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json("base", index, most_bytes=_MOST_BYTES).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"base: {index}: weight_map must map tensors to files, got {weight_map!r}")
             for name in weight_map.values():

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import read_tensors
+from . import adapter_folder
 from .io import HISTORY_FILE
-from .lora_files import peft, peft_config
+from .lora_files import peft
 from .lora_files.base import natural, pair
 from .methods.normal import scores
 from .ops import rank_norms
@@ -41,11 +41,11 @@ def inspect_adapter(folder: str | Path) -> Inspection:
     for file in (config_file, weights):
         if not file.is_file():
             raise ValueError(f"inspect: adapter must be a folder with {file.name}, got {str(folder)!r}")
-    config = peft_config.read_config("inspect", config_file)
+    with adapter_folder.settled(folder) as files:
+        config, tensors, _ = peft.read_files(files, "inspect")
     # not peft.read: what cannot be loaded (DoRA's magnitudes, …) can be looked at all the same
     halves: dict[str, dict] = {}
     others: dict[str, int] = {}
-    tensors, _ = read_tensors("inspect", weights)
     for key, tensor in tensors.items():
         name = key.removeprefix(peft.KEY_PREFIX)
         module, part = peft.known_part(name) or ("", "")

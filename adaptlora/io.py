@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from . import nora_files
+from . import adapter_folder, nora_files
 from .config import LoraConfig
-from .files import atomic_file
 from .lora_files import peft, peft_config
 
-__all__ = ["StoredAdapter", "atomic_file", "check_fits", "check_pair", "check_saved", "read", "write"]
+__all__ = ["StoredAdapter", "check_fits", "check_pair", "check_saved", "read", "write"]
 
 
 def check_pair(op: str, name: str, lora_A, lora_B, layer) -> None:
@@ -99,9 +98,13 @@ def check_saved(op: str, found: dict[str, dict], modules: dict[str, torch.nn.Mod
 
 def read(path) -> "StoredAdapter | nora_files.StoredNoRA":
     """Read an adapter folder, PEFT's or NoRA's own.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
-    if nora_files.is_folder(path):
-        return nora_files.read(path)
-    file = peft.read(path, "load")
+    path = Path(path)
+    with adapter_folder.settled(path) as files:
+        nested = files.has(nora_files.CONFIG_FILE)
+        found = (nora_files if nested else peft).read_files(files, "load")
+    if nested:
+        return nora_files.parse(path, *found)
+    file = peft.parse(path, "load", *found)
     weights = file.path / peft.WEIGHTS_FILE
     if file.config.get("lora_bias"):
         raise ValueError(
@@ -189,12 +192,6 @@ def write(adapter, path, *, fold_residual: bool = True) -> None:
     for name, module in adapter.saved.items():
         tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-    peft.write_folder(Path(path), _peft_config(adapter, ranks), tensors, {})
-    for other in (nora_files.CONFIG_FILE, nora_files.WEIGHTS_FILE):
-        (Path(path) / other).unlink(missing_ok=True)
-    history, file = adapter.method.history(), Path(path) / HISTORY_FILE
-    if history is None:
-        file.unlink(missing_ok=True)  # an adapter that was here before had one, of other ranks
-    else:
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(history) + "\n", encoding="utf-8")
+    history = adapter.method.history()
+    texts = {} if history is None else {HISTORY_FILE: json.dumps(history) + "\n"}
+    peft.write_folder(Path(path), _peft_config(adapter, ranks), tensors, {}, texts)

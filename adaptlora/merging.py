@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .base_weights import BaseWeights
-from .files import atomic_folder, read_tensors
+from .files import atomic_folder
 from .lora_files import LoraModule
+from .tensor_files import read_tensors, save_file
 
 # Weights in other formats are not those of the merged model, and an adapter's configuration would be loaded on top of it.
 _LEFT_OUT = (

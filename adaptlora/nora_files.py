@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from . import adapter_folder
 from .config import NoRAConfig
-from .files import atomic_file, read_tensors
-from .lora_files import peft
 from .methods.nora import StoredOuter, probe
 from .nn import Outer
+from .tensor_files import read_tensors
+from .text_files import read_json
 
 CONFIG_FILE = "adaptlora_config.json"
 WEIGHTS_FILE = "adaptlora_model.safetensors"
@@ -45,7 +45,7 @@ class StoredNoRA:
 
 
 def write(adapter, path, *, save_outer: bool) -> None:
-    """Write a NoRA adapter to the folder `path`, each file under a temporary name and renamed; see `Adapter.save`."""
+    """Write a NoRA adapter to the folder `path`, its files as one; see `Adapter.save`."""
     tensors: dict[str, Tensor] = {}
     modules = {}
     for name, layer in adapter.layers.items():
@@ -62,26 +62,18 @@ def write(adapter, path, *, save_outer: bool) -> None:
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     content = {"format": _FORMAT, "config": dataclasses.asdict(adapter.config), "modules": modules}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path / WEIGHTS_FILE) as weights_file, atomic_file(path / CONFIG_FILE) as config_file:
-        save_file(tensors, weights_file)
-        config_file.write_text(text, encoding="utf-8")
-    # Files of another format are of an adapter that was here before.
-    for other in (peft.CONFIG_FILE, peft.WEIGHTS_FILE):
-        (path / other).unlink(missing_ok=True)
+    adapter_folder.write(Path(path), WEIGHTS_FILE, tensors, {CONFIG_FILE: text}, {})
 
 
-def is_folder(path) -> bool:
-    return (Path(path) / CONFIG_FILE).is_file()
+def read_files(files: adapter_folder.settled, op: str) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
+    """(content of the description, tensors by key, the weights' metadata), of one save.  Raises: FileNotFoundError, OSError, ValueError."""
+    return read_json(op, files.path(CONFIG_FILE)), *read_tensors(op, files.path(WEIGHTS_FILE))
 
 
-def read(path) -> StoredNoRA:
-    """Read such a folder.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
-    path = Path(path)
-    file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
-    config, modules = _read_config(file)
-    tensors, _ = read_tensors("load", weights)
+def parse(path: Path, content: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> StoredNoRA:
+    """What `read_files` found in the folder `path`, checked.  Raises: ValueError that says what is wrong with which file."""
+    weights = path / WEIGHTS_FILE
+    config, modules = _described(path / CONFIG_FILE, content)
     saved: dict[str, dict[str, Tensor]] = {}
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
     for key, tensor in tensors.items():
@@ -114,9 +106,8 @@ def read(path) -> StoredNoRA:
     return StoredNoRA(path, config, factors, scalings, saved, outer)
 
 
-def _read_config(file: Path) -> tuple[NoRAConfig, dict]:
+def _described(file: Path, content: dict) -> tuple[NoRAConfig, dict]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"format must be {_FORMAT!r}, got {content['format']!r}")
         config, modules = NoRAConfig(**content["config"]), content["modules"]

@@ -1,12 +1,15 @@
 """Ranks over the steps of a run: what La-LoRA's `Method.history` gives and rank_history.json holds, checked and expanded."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from . import adapter_folder
 from .io import HISTORY_FILE
+from .text_files import read_json
+
+_MOST_BYTES = 1 << 30  # a change of rank takes some 15 bytes, and La-LoRA may make one in each group at each step
 
 
 def _are_counts(values, least: int = 0) -> bool:
@@ -54,13 +57,14 @@ class RankHistory:
     @classmethod
     def read(cls, folder: str | Path) -> "RankHistory | None":
         """The history in an adapter's folder; None where there is none.  Raises: ValueError (a damaged file)."""
-        file = Path(folder) / HISTORY_FILE
-        if not file.is_file():
-            return None
-        try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"inspect: {file} must hold the ranks over the steps of a run: {error}") from error
+        with adapter_folder.settled(Path(folder)) as files:
+            if not files.has(HISTORY_FILE):
+                return None
+            file = files.path(HISTORY_FILE)
+            try:
+                return cls(**read_json("inspect", file, most_bytes=_MOST_BYTES))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"inspect: {file} must hold the ranks over the steps of a run: {error}") from error
 
     def table(self) -> torch.Tensor:
         """(groups, steps + 1) int64: each group's rank before the first step and after every step."""

@@ -11,7 +11,7 @@ from models import Net, bert_batch, randomise, tiny_bert
 from safetensors.torch import load_file, save_file
 
 import adaptlora
-from adaptlora import files
+from adaptlora import adapter_folder, files
 from adaptlora.lora_files import peft as peft_files
 from adaptlora.ranks import commit_ranks
 
@@ -166,7 +166,7 @@ def test_a_failed_save_leaves_the_old_adapter(victim, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(
-        *{"save_file": (peft_files, "save_file"), "replace": (os, "replace"), "fsync": (os, "fsync")}[victim], fail
+        *{"save_file": (adapter_folder, "save_file"), "replace": (os, "replace"), "fsync": (os, "fsync")}[victim], fail
     )
     with pytest.raises(OSError, match="disk full"):
         adapter.save(tmp_path)

@@ -14,7 +14,7 @@ from models import tiny_bert
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adaptlora import lora_files
+from adaptlora import adapter_folder, lora_files
 from adaptlora.lora_files import peft as peft_files
 from adaptlora.lora_files import peft_config
 
@@ -254,7 +254,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(peft_files, "save_file", fail)
+    monkeypatch.setattr(adapter_folder, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         file.write(tmp_path / "out", varied(file))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

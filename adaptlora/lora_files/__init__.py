@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..files import read_tensors
+from ..tensor_files import read_tensors
 from . import diffusers, kohya, peft, peft_config
 from .base import LoraFile, LoraModule, find_parts, pair, split_supported, unsupported_part
 

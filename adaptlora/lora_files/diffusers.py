@@ -8,10 +8,11 @@ import json
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import atomic_file
+from ..tensor_files import save_file
+from ..text_files import parse_json
 from . import peft_config
 from .base import LoraFile, LoraModule
 from .kohya import stored_alpha
@@ -35,12 +36,7 @@ def known_part(key: str) -> tuple[str, str] | None:
 
 def read_configs(op: str, file: Path, metadata: dict[str, str]) -> dict[str, dict]:
     """{component, or "": its LoraConfig} from the metadata.  Raises: ValueError (no JSON object, a damaged or unsupported one)."""
-    try:
-        flat = json.loads(metadata.get(_CONFIGS, "{}"))
-    except ValueError as error:
-        raise ValueError(f"{op}: {file}: {_CONFIGS} must be JSON: {error}") from error
-    if not isinstance(flat, dict):
-        raise ValueError(f"{op}: {file}: {_CONFIGS} must be an object, got {type(flat).__name__}")
+    flat = parse_json(op, f"{file}: {_CONFIGS}", metadata.get(_CONFIGS, "{}"))
     configs: dict[str, dict] = {}
     for key, value in flat.items():
         component, _, field = key.rpartition(".")

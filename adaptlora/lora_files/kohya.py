@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import atomic_file
+from ..tensor_files import save_file
 from .base import LoraFile, LoraModule
 
 _KEY = re.compile(r"(?P<module>.+?)\.(?:lora_(?P<half>down|up)\.weight|alpha)")

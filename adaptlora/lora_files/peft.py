@@ -5,15 +5,16 @@ import json
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_file, read_tensors
+from .. import adapter_folder
+from ..tensor_files import read_tensors
 from . import peft_config
 from .base import LoraFile, LoraModule, find_parts, pair, split_supported, unsupported_part
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 _BASE = ("weight", "bias")
 _KEY = re.compile(r"(?P<module>.+?)\.(?P<factor>lora_[AB])(\.[^.]+)?\.(?P<kind>weight|bias)")
@@ -72,12 +73,18 @@ class PeftFile(LoraFile):
 
 def read(path, op: str = "read", *, skip_unsupported: bool = False) -> PeftFile:
     """Read a PEFT LoRA adapter folder; see `lora_files.read`."""
-    path = Path(path)
-    config_file, weights = path / CONFIG_FILE, path / WEIGHTS_FILE
-    config = peft_config.read_config(op, config_file)
-    peft_config.check_config(op, config_file, config)
+    with adapter_folder.settled(Path(path)) as files:
+        found = read_files(files, op)
+    return parse(Path(path), op, *found, skip_unsupported=skip_unsupported)
+
+
+def parse(
+    path: Path, op: str, config: dict, tensors: dict, metadata: dict, *, skip_unsupported: bool = False
+) -> PeftFile:
+    """What `read_files` found in the folder `path`, checked; see `lora_files.read`."""
+    weights = path / WEIGHTS_FILE
+    peft_config.check_config(op, path / CONFIG_FILE, config)
     whole = peft_config.unsupported_field(config)
-    tensors, metadata = read_tensors(op, weights)
     parts = find_parts(op, weights, {key: key.removeprefix(KEY_PREFIX) for key in tensors}, known_part)
     keys, skipped = split_supported(
         op, weights, parts, lambda name: whole or unsupported_part(parts[name]), skip=skip_unsupported
@@ -97,10 +104,17 @@ def read(path, op: str = "read", *, skip_unsupported: bool = False) -> PeftFile:
     return PeftFile(path, "peft", modules, skipped, metadata, tensors, keys, config)
 
 
-def write_folder(out: Path, config: dict, tensors: dict, metadata: dict[str, str]) -> None:
-    """Both files of an adapter, each written under a temporary name and renamed."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out / WEIGHTS_FILE) as weights_file, atomic_file(out / CONFIG_FILE) as config_file:
-        save_file(tensors, weights_file, metadata={"format": "pt"} | metadata)
-        config_file.write_text(text, encoding="utf-8")
+def read_files(files: adapter_folder.settled, op: str) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
+    """(config, tensors by key, the weights' metadata), of one save.  Raises: FileNotFoundError, OSError, ValueError."""
+    config = peft_config.read_config(op, files.path(CONFIG_FILE))
+    if not files.has(WEIGHTS_FILE) and files.has(PICKLE_FILE):
+        raise FileNotFoundError(
+            f"{op}: {files.path(WEIGHTS_FILE)} is missing (only safetensors are read: {PICKLE_FILE} is a pickle, which runs code)"
+        )
+    return config, *read_tensors(op, files.path(WEIGHTS_FILE))
+
+
+def write_folder(out: Path, config: dict, tensors: dict, metadata: dict[str, str], texts: dict[str, str] | None = None):
+    """An adapter's folder, as one; `texts` are further files of it, {name: text}.  Raises: as `adapter_folder.write`."""
+    texts = {CONFIG_FILE: json.dumps(config, indent=2, ensure_ascii=False) + "\n"} | (texts or {})
+    adapter_folder.write(out, WEIGHTS_FILE, tensors, texts, {"format": "pt"} | metadata)

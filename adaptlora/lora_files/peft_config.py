@@ -1,12 +1,12 @@
 """PEFT's LoraConfig as a dict: what it says about each module, and the same for other modules, ranks and scalings."""
 
-import json
 import math
 import re
 from collections import Counter
 from pathlib import Path
 
 from ..targets import pattern_value
+from ..text_files import read_json
 from .base import is_positive
 
 _UNSUPPORTED = {
@@ -28,15 +28,9 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 def read_config(op: str, file: Path) -> dict:
     """adapter_config.json of a LoRA adapter.  Raises: FileNotFoundError, ValueError (no JSON, another kind of adapter)."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{op}: {file} is missing")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{op}: {file} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f'{op}: {file}: peft_type must be "LORA", got {found!r}')
+    config = read_json(op, file)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f'{op}: {file}: peft_type must be "LORA", got {config.get("peft_type")!r}')
     return config
 
 

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..files import atomic_file
+from ..tensor_files import save_file
 from .base import Sheared
 
 _FINGERPRINT = "fingerprint"
