@@ -6,6 +6,7 @@ from .config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
 from .logs import log_values
 from .methods import NonFiniteError
+from .optimizer_state import register_optimizer_state
 from .ranks import RankedPair
 from .shear import (
     DropConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "log_values",
     "nn",
     "ops",
+    "register_optimizer_state",
     "shear",
     "shear_files",
     "trained_parameters",

@@ -137,13 +137,21 @@ def _check_outer_state(layer, state: dict) -> None:
         )
 
 
-def _unwrapped(optimizer):
-    """The optimizer that makes the steps: wrappers, accelerate's among them, may be optimizers by class and hold another one."""
+def _unwrapped(optimizer) -> list:
+    """
+    The optimizer that makes the steps, last, after those around it that keep state of their own (Lookahead's slow weights): wrappers,
+    accelerate's among them, may be optimizers by class and hold another one.
+    """
+    found = []
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        if isinstance(optimizer, torch.optim.Optimizer) and optimizer.param_groups is not inner.param_groups:
-            break
+        if isinstance(optimizer, torch.optim.Optimizer):
+            if optimizer.param_groups is not inner.param_groups:
+                break
+            own = getattr(optimizer, "state", None)
+            if own is not None and own is not getattr(inner, "state", None):
+                found.append(optimizer)
         optimizer = inner
-    return optimizer
+    return [*found, optimizer]
 
 
 def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
@@ -206,21 +214,47 @@ class Adapter:
         Make the optimizer's state follow the ranks. Needed by every method that changes ranks or shrinks vectors.
 
         Args:
-            optimizer: torch optimizer (or a wrapper with `.optimizer`, as accelerate's) over `parameters()`. Held weakly.
-        Raises: TypeError (no optimizer), ValueError (it holds none of the adapter's factors).
+            optimizer: torch optimizer (or a wrapper with `.optimizer`, as accelerate's) over `parameters()`. Held weakly. What its state
+                is need not be said for most: see `register_optimizer_state`.
+        Raises: TypeError (no optimizer, or one whose state cannot follow the method's rank changes), ValueError (it holds none of the
+            adapter's factors; an adapted module's base is not frozen). Nothing is tracked then.
         """
-        optimizer = _unwrapped(optimizer)
+        optimizers = _unwrapped(optimizer)
+        optimizer = optimizers[-1]
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not {id(p) for p in self.factors()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
             raise ValueError(
                 "track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them"
             )
+        self._check_frozen()
+        if self.method.needs_optimizer():
+            self._check_states(optimizers)
         for layer in self.layers.values():
             layer.track(optimizer)
+            for outer in optimizers[:-1]:
+                layer.pair.track(outer)
         if optimizer not in self._watched:
-            self._watched.add(optimizer)
             _watch(optimizer, self.method)
+        self._watched.update(optimizers)
+
+    def _check_frozen(self) -> None:
+        for name, layer in self.layers.items():
+            for key, parameter in layer.base_layer.named_parameters():
+                if parameter.requires_grad:
+                    raise ValueError(
+                        f"track: {name}.{key} must be frozen, as no gradient for it is computed, got requires_grad=True: call "
+                        "requires_grad_(False) on it, or exclude the module from the adapter to train it whole"
+                    )
+
+    def _check_states(self, optimizers: list) -> None:
+        """Raises: TypeError (naming the module) if one of them keeps state that cannot follow a rank change."""
+        for name, layer in self.layers.items():
+            for optimizer in optimizers:
+                try:
+                    layer.pair.check_states(optimizer)
+                except TypeError as error:
+                    raise TypeError(f"{name}: {error}") from error
 
     def penalty(self) -> torch.Tensor:
         """The method's term of the loss now: a 0-dim tensor, zero when there is none.  loss + penalty() is what trains."""
@@ -310,7 +344,7 @@ class Adapter:
                             f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
                             f"got none for {name}.{factor}"
                         )
-                layer.pair.check_states()
+            self._check_states(optimizers)
             self._seen = seen
         return optimizers
 

@@ -14,32 +14,12 @@ import torch
 from torch import nn
 
 from .ops.rank_gather import gather_rows
+from .optimizer_state import entries, held_bytes, skip_empty_factors
+from .rank_slots import Slot, Tail, factor_rows, is_prefix, is_range, parked_rows, rejoin, state_slot
+from .state_layouts import Packed
 
 FACTORS = ("lora_A", "lora_B")
 _PARKED = "parked."  # in a module's state_dict
-
-
-def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Rank-major view (R, ·) of a tensor shaped like the factor `name`; its own inverse."""
-    return tensor if name == "lora_A" else tensor.t()
-
-
-def _is_range(rows: list[int]) -> bool:
-    """Whether `rows` is 0, 1, …, len(rows) − 1."""
-    return all(row == i for i, row in enumerate(rows))
-
-
-def _is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
-    """Whether `rows` still are the first rows of `store` in memory: `module.to()` and `load_state_dict` can part them."""
-    if rows is store:
-        return True
-    if rows.dtype != store.dtype or rows.device != store.device or rows.shape[0] > store.shape[0]:
-        return False
-    if rows.numel():
-        return rows.data_ptr() == store.data_ptr()
-    # An empty tensor has no address of its own.
-    same_memory = rows.untyped_storage().data_ptr() == store.untyped_storage().data_ptr()
-    return same_memory and rows.storage_offset() == store.storage_offset()
 
 
 def uniform_rows(count: int, K: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -49,35 +29,15 @@ def uniform_rows(count: int, K: int, generator: torch.Generator | None) -> torch
 
 
 @dataclasses.dataclass
-class _Slot:
-    """One tensor that has rank rows: a factor, its gradient, or one optimizer state tensor of it."""
-
-    factor: str
-    store: torch.Tensor  # active and parked, (capacity, ·)
-    optimizer: torch.optim.Optimizer | None = None
-    key: str | None = None
-    rows: list[int] | None = None  # of `store`, that the new store is made of (−1: zeros); None: `store` itself will do
-    drawn: torch.Tensor | None = None  # values of the new store's last rows
-
-    def choose(self, rows: list[int], compact: bool = False) -> None:
-        """Plan the new store: a view of the old one if `rows` are its first and `compact` would free nothing more."""
-        store, count = self.store, len(rows)
-        frees = compact and store.untyped_storage().nbytes() > count * store.shape[1] * store.element_size()
-        if frees or not _is_range(rows):
-            self.rows = rows
-        elif count < store.shape[0]:
-            self.store = store[:count]
-
-
-@dataclasses.dataclass
 class RankPlan:
     """A checked rank change. `commit` first moves what must move, which may run out of memory and then has changed nothing."""
 
     pair: "RankedPair"
     rank: int
-    slots: list[_Slot]
-    grads: dict[str, _Slot]
+    slots: list[Slot]
+    grads: dict[str, Slot]
     in_place: bool  # every vector stays where it was, parked or not
+    moves: bool  # another rank or another order
 
     def commit(self) -> None:
         _commit([self])
@@ -87,17 +47,23 @@ class RankPlan:
         pair = self.pair
         if not self.in_place:
             pair._waiting = {}
+            for kept in pair._tracked.values():
+                kept.clear()
         for slot in self.slots:
-            store = slot.store
-            active = _rows(slot.factor, store if store.shape[0] == self.rank else store[: self.rank])
             parameter = pair._parameters[slot.factor]
             if slot.optimizer is None:
                 pair._stores[slot.factor] = slot.store
                 grad = self.grads.get(slot.factor)
-                _assign(parameter, active, None if grad is None else _rows(slot.factor, grad.store))
+                _assign(
+                    parameter, slot.active(self.rank), None if grad is None else factor_rows(slot.factor, grad.store)
+                )
+                continue
+            kept, state = pair._tracked[slot.optimizer], slot.optimizer.state[parameter]
+            if slot.packed is None:
+                kept[slot.factor, slot.key], state[slot.key] = slot.store, slot.active(self.rank)
             else:
-                pair._tracked[slot.optimizer][slot.factor, slot.key] = slot.store
-                slot.optimizer.state[parameter][slot.key] = active
+                kept[slot.factor, slot.key] = slot.tail
+                state.update(slot.packed)
 
 
 def _commit(plans: list[RankPlan]) -> None:
@@ -113,6 +79,9 @@ def _commit(plans: list[RankPlan]) -> None:
             if slot.drawn is not None:
                 store[-len(slot.drawn) :].copy_(slot.drawn)
             slot.store, slot.rows = store, None
+    for plan in plans:
+        for slot in plan.slots:
+            slot.pack(plan.pair._parameters[slot.factor], plan.rank, plan.moves)
     for plan in plans:
         plan.assign()
 
@@ -151,15 +120,14 @@ class RankedPair(nn.Module):
         if capacity < r:
             raise ValueError(f"RankedPair: capacity must be at least r={r}, got {capacity}")
         self._tracked = weakref.WeakKeyDictionary()
-        self._waiting: dict[
-            tuple[str, str], torch.Tensor
-        ] = {}  # stores for the state of an optimizer that is not tracked yet
+        # parked state of an optimizer that is not tracked yet, by factor and key
+        self._waiting: dict[tuple[str, str], Tail] = {}
         self._stores = {
             "lora_A": uniform_rows(capacity, in_features, generator).to(device=device, dtype=dtype),
             "lora_B": torch.zeros(capacity, out_features, device=device, dtype=dtype),
         }
         for name in FACTORS:
-            setattr(self, name, nn.Parameter(_rows(name, self._stores[name][:r])))
+            setattr(self, name, nn.Parameter(factor_rows(name, self._stores[name][:r])))
 
     @property
     def rank(self) -> int:
@@ -183,7 +151,13 @@ class RankedPair(nn.Module):
         return f"K={self.lora_A.shape[1]}, N={self.lora_B.shape[0]}, rank={self.rank}, capacity={self.capacity}"
 
     def track(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the state that `optimizer` keeps for the two factors follow every rank change. Held weakly."""
+        """
+        Make the state that `optimizer` keeps for the two factors follow every rank change. Held weakly.
+
+        State shaped like its parameter follows bit for bit, and so does Adafactor's mean of each rank, while its means over the ranks
+        stay as they are. Quantised state is packed anew: the same codes where the block is the same. See `register_optimizer_state`.
+        """
+        skip_empty_factors(optimizer)
         self._tracked.setdefault(optimizer, {}).update(self._waiting)
         self._waiting = {}
 
@@ -191,34 +165,30 @@ class RankedPair(nn.Module):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return list(self._tracked)
 
-    def _data_slot(self, name: str) -> _Slot:
-        rows, store = _rows(name, self._parameters[name].data), self._stores[name]
-        if not _is_prefix(rows, store):
-            store = _rejoin(rows, store)
-        return _Slot(name, store)
+    def _data_slot(self, name: str) -> Slot:
+        rows, store = factor_rows(name, self._parameters[name].data), self._stores[name]
+        if not is_prefix(rows, store):
+            store = rejoin(rows, store[rows.shape[0] :])
+        return Slot(name, store)
+
+    def _states(self, name: str, tracked=None):
+        """(optimizer, what is kept of its state, key, value, layout) of all state of a factor that has rank rows."""
+        parameter = self._parameters[name]
+        for optimizer, kept in (self._tracked if tracked is None else tracked).items():
+            for key, value, layout in entries(optimizer, name, parameter):
+                if layout is not None:
+                    yield optimizer, kept, key, value, layout
 
     def _state_slots(self, name: str):
-        parameter = self._parameters[name]
-        shape = parameter.shape
-        for optimizer, stores in self._tracked.items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, torch.Tensor):
-                    continue
-                if value.shape != shape:
-                    if value.numel() == 1 and value.dim() <= 1:
-                        continue
-                    raise TypeError(
-                        f"rank change: optimizer state must be shaped like its parameter, {tuple(shape)}, to follow the "
-                        f"rank; {type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)}"
-                    )
-                rows = _rows(name, value)
-                store = stores.get((name, key), rows)
-                yield _Slot(name, store if _is_prefix(rows, store) else _rejoin(rows, store), optimizer, key)
+        parameter, rank = self._parameters[name], self.rank
+        for optimizer, kept, key, value, layout in self._states(name):
+            state = optimizer.state[parameter]
+            yield state_slot(name, optimizer, key, value, layout, kept.get((name, key)), state, rank)
 
-    def check_states(self) -> None:
-        """Raises: TypeError if a tracked optimizer keeps state that could not follow a rank change."""
+    def check_states(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Raises: TypeError if a tracked optimizer, or the one given, keeps state that could not follow a rank change."""
         for name in FACTORS:
-            for _ in self._state_slots(name):
+            for _ in self._states(name, None if optimizer is None else {optimizer: {}}):
                 pass
 
     def plan(self, rank: int, *, order=None, compact: bool = False, generator=None) -> RankPlan:
@@ -238,32 +208,37 @@ class RankedPair(nn.Module):
             raise ValueError(f"rank change: order must be a permutation of range({self.rank}), got {list(order)}")
         order = list(range(self.rank)) if order is None else list(order)
 
-        lists: dict[int, list[int]] = {}
-        capacity = self.capacity
+        lists: dict[tuple[int, int], list[int]] = {}
+        # A store that must grow takes the whole capacity at once, so that an optimizer's state, which begins with the active rows
+        # alone, is moved once and not at every step up. Packed state is packed anew, whatever room it had.
+        capacity = max(rank, self.capacity)
 
-        def rows_of(held: int) -> list[int]:
-            if held not in lists:
-                # A store that must grow takes the whole capacity at once, so that an optimizer's state, which begins with the
-                # active rows alone, is moved once and not at every step up.
-                size = max(rank, capacity) if rank > held else held
+        def rows_of(held: int, room: int) -> list[int]:
+            if (held, room) not in lists:
+                size = room if rank > held else held
                 rows = [*order, *range(len(order), held), *[-1] * (size - held)]
-                lists[held] = rows[:rank] if compact else rows
-            return lists[held]
+                lists[held, room] = rows[:rank] if compact else rows
+            return lists[held, room]
 
         slots, grads = [], {}
         for name in FACTORS:
             for slot in (self._data_slot(name), *self._state_slots(name)):
                 held, width = slot.store.shape
-                slot.choose(rows_of(held), compact)
+                packed = isinstance(slot.layout, Packed)
+                rows = rows_of(held, rank if packed else capacity)
                 if rank > held and name == "lora_A" and slot.optimizer is None:
                     slot.drawn = uniform_rows(rank - held, width, generator)
+                slot.add_fresh(self._parameters[name], rows)
+                slot.choose(rows, compact and not packed)
                 slots.append(slot)
             grad = self._parameters[name].grad
             if grad is not None:
-                grads[name] = _Slot(name, _rows(name, grad.detach()))
+                grads[name] = Slot(name, factor_rows(name, grad.detach()))
                 # A gradient has no parked rows to keep, and what a narrower one leaves behind is freed at once.
-                grads[name].choose(rows_of(len(order))[:rank], compact=True)
-        return RankPlan(self, rank, slots, grads, in_place=not compact and _is_range(order))
+                grads[name].choose(rows_of(len(order), capacity)[:rank], compact=True)
+        ordered = is_range(order)
+        moves = rank != self.rank or not ordered
+        return RankPlan(self, rank, slots, grads, in_place=not compact and ordered, moves=moves)
 
     def narrow(self, rank: int) -> None:
         """Keep the first `rank` vectors active and park the others: views only, no copy.  Raises: ValueError (rank > R)."""
@@ -286,36 +261,68 @@ class RankedPair(nn.Module):
         self.plan(self.rank, compact=True).commit()
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes really held: {"factors", "gradients", "optimizer"}, parked rows included."""
+        """
+        Bytes really held: {"factors", "gradients", "optimizer"}, parked rows included; of an optimizer all that has an entry for
+        each rank, element or feature.
+        """
         held = {"factors": 0, "gradients": 0, "optimizer": 0}
         for name in FACTORS:
             grad = getattr(self, name).grad
             held["factors"] += self._data_slot(name).store.untyped_storage().nbytes()
             held["gradients"] += 0 if grad is None else grad.untyped_storage().nbytes()
-            held["optimizer"] += sum(slot.store.untyped_storage().nbytes() for slot in self._state_slots(name))
+            held["optimizer"] += sum(self._state_bytes(name, optimizer) for optimizer in self._tracked)
         return held
+
+    def _state_bytes(self, name: str, optimizer: torch.optim.Optimizer) -> int:
+        parameter, kept, total = self._parameters[name], self._tracked[optimizer], 0
+        features = factor_rows(name, parameter).shape[1]
+        for key, value, layout in entries(optimizer, name, parameter):
+            if isinstance(layout, Packed):
+                tail = parked_rows(kept.get((name, key)), self.rank)
+                total += sum(held_bytes(optimizer.state[parameter][k]) for k in layout.keys)
+                total += 0 if tail is None else tail.nbytes
+            elif layout is not None:
+                state = optimizer.state[parameter]
+                slot = state_slot(name, optimizer, key, value, layout, kept.get((name, key)), state, self.rank)
+                total += held_bytes(slot.store)
+            elif isinstance(value, torch.Tensor) and features in value.shape:
+                total += held_bytes(value)
+        return total
 
     def parked(self) -> dict[str, torch.Tensor]:
         """
         Copies of what is parked, rank-major: {"lora_A": (capacity − R, K), "lora_B": (capacity − R, N), "lora_A.exp_avg": …};
-        empty if nothing is. With the factors and the optimizer's own state this is all that a pair holds.
+        empty if nothing is. Of state there may be fewer rows, and those of quantised state are float32. With the factors and the
+        optimizer's own state this is all that a pair holds.
         """
         found = {}
         for name in FACTORS:
-            for slot in (self._data_slot(name), *self._state_slots(name)):
-                if slot.store.shape[0] > self.rank:
-                    key = name if slot.key is None else f"{name}.{slot.key}"
-                    found[key] = slot.store[self.rank :].clone()
-        found.update({f"{name}.{key}": store[self.rank :].clone() for (name, key), store in self._waiting.items()})
+            store = self._data_slot(name).store
+            if store.shape[0] > self.rank:
+                found[name] = store[self.rank :].clone()
+            kept_states = {(name, key): kept.get((name, key)) for _, kept, key, *_ in self._states(name)}
+            for (_, key), kept in {**self._waiting_of(name), **kept_states}.items():
+                rows = parked_rows(kept, self.rank)
+                if rows is not None:
+                    found[f"{name}.{key}"] = rows.clone()
         return found
+
+    def _waiting_of(self, name: str) -> dict[tuple[str, str], Tail]:
+        return {place: tail for place, tail in self._waiting.items() if place[0] == name}
 
     def check_parked(self, parked: dict[str, torch.Tensor]) -> None:
         """Raises: ValueError if `parked` is not what `parked()` returns for a pair of these sizes."""
         if parked and not {*FACTORS} <= parked.keys():
             raise ValueError(f"parked rows must hold {FACTORS[0]} and {FACTORS[1]}, got {sorted(parked)}")
         for key, rows in parked.items():
-            name = key.split(".")[0]
-            expected = (parked[FACTORS[0]].shape[0], self._stores[name].shape[1]) if name in FACTORS else None
+            count, (name, _, state) = parked[FACTORS[0]].shape[0], key.partition(".")
+            if state and name in FACTORS:
+                if rows.dim() != 2 or rows.shape[0] > count:
+                    raise ValueError(
+                        f"parked rows of {key} must be at most {count} rows, got shape {tuple(rows.shape)}"
+                    )
+                continue
+            expected = (count, self._stores[name].shape[1]) if name in FACTORS else None
             if tuple(rows.shape) != expected:
                 raise ValueError(f"parked rows of {key} must have shape {expected}, got {tuple(rows.shape)}")
 
@@ -326,15 +333,11 @@ class RankedPair(nn.Module):
         """
         self.check_parked(parked)
         for name in FACTORS:
-            rows = _rows(name, getattr(self, name).data)
+            rows = factor_rows(name, getattr(self, name).data)
             self._stores[name] = torch.cat([rows, parked[name].to(rows)]) if parked else rows
-            getattr(self, name).data = _rows(name, self._stores[name][: self.rank])
+            getattr(self, name).data = factor_rows(name, self._stores[name][: self.rank])
         # The active rows of a state's store are the optimizer's own, wherever it keeps them.
-        states = {
-            tuple(key.split(".", 1)): torch.cat([rows.new_zeros(self.rank, rows.shape[1]), rows])
-            for key, rows in parked.items()
-            if key not in FACTORS
-        }
+        states = {tuple(key.split(".", 1)): Tail(self.rank, rows) for key, rows in parked.items() if key not in FACTORS}
         for stores in self._tracked.values():
             stores.clear()
             stores.update(states)
@@ -350,7 +353,7 @@ class RankedPair(nn.Module):
     def _relink(self, stores: dict[str, torch.Tensor]) -> None:
         for name, store in stores.items():
             self._stores[name] = store
-            getattr(self, name).data = _rows(name, store[: self.rank])
+            getattr(self, name).data = factor_rows(name, store[: self.rank])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -376,14 +379,6 @@ class RankedPair(nn.Module):
         super().__setstate__(state)
         self._tracked = weakref.WeakKeyDictionary()
         self._relink({name: self._data_slot(name).store for name in FACTORS})
-
-
-def _rejoin(rows: torch.Tensor, store: torch.Tensor) -> torch.Tensor:
-    """Store whose first rows are `rows`, found in other memory than the store's, with the store's parked rows behind them."""
-    parked = store[rows.shape[0] :]
-    if parked.shape[0] == 0 or parked.shape[1] != rows.shape[1]:
-        return rows
-    return torch.cat([rows, parked.to(rows)])
 
 
 def commit_ranks(pairs: dict[str, RankedPair], ranks: dict[str, int], *, compact: bool = False, generator=None) -> None:

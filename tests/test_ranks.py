@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizers import RowMeans
 from test_pruning import clipped
 from test_rank_gather import bits
 
@@ -217,17 +218,6 @@ def test_gradients_follow():
     assert not pair.lora_A.grad[4:].any() and torch.equal(pair.lora_A.grad[:4], before["lora_A", "grad"][:4])
 
 
-class RowStatistics(torch.optim.Optimizer):
-    """Keeps one number per row, as Adafactor does: a state that has no rank rows for lora_B."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 0.1})
-
-    def step(self):
-        for parameter in self.param_groups[0]["params"]:
-            self.state[parameter]["row"] = torch.ones(parameter.shape[0])
-
-
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -257,14 +247,14 @@ def test_construction_errors():
 def test_an_optimizer_that_cannot_follow_is_refused_for_all_modules():
     pairs = {"first": make_pair(), "second": make_pair()}
     good = OPTIMIZERS["adamw"](list(pairs["first"].parameters()))
-    bad = RowStatistics(list(pairs["second"].parameters()))
+    bad = RowMeans(pairs["second"].parameters(), lr=0.1)
     pairs["first"].track(good)
     pairs["second"].track(bad)
     train_step(pairs["first"], good)
     train_step(pairs["second"], bad)
     before = snapshot(pairs["first"], good)
     with pytest.raises(
-        TypeError, match="second: rank change: optimizer state must be shaped like its parameter.*RowStatistics"
+        TypeError, match="second: rank change: optimizer state must be shaped like its parameter.*RowMeans"
     ):
         commit_ranks(pairs, {"first": 2, "second": 2})
     assert [pair.rank for pair in pairs.values()] == [6, 6]
