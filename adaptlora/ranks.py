@@ -274,20 +274,21 @@ class RankedPair(nn.Module):
         return held
 
     def _state_bytes(self, name: str, optimizer: torch.optim.Optimizer) -> int:
-        parameter, kept, total = self._parameters[name], self._tracked[optimizer], 0
-        features = factor_rows(name, parameter).shape[1]
+        parameter, kept = self._parameters[name], self._tracked[optimizer]
+        state, features = optimizer.state.get(parameter, {}), factor_rows(name, parameter).shape[1]
+        by_key, parked = {}, 0
         for key, value, layout in entries(optimizer, name, parameter):
+            place = kept.get((name, key))
             if isinstance(layout, Packed):
-                tail = parked_rows(kept.get((name, key)), self.rank)
-                total += sum(held_bytes(optimizer.state[parameter][k]) for k in layout.keys)
-                total += 0 if tail is None else tail.nbytes
+                tail = parked_rows(place, self.rank)
+                parked += 0 if tail is None else tail.nbytes
+                by_key.update({k: held_bytes(state[k]) for k in layout.keys})
             elif layout is not None:
-                state = optimizer.state[parameter]
-                slot = state_slot(name, optimizer, key, value, layout, kept.get((name, key)), state, self.rank)
-                total += held_bytes(slot.store)
+                slot = state_slot(name, optimizer, key, value, layout, place, state, self.rank)
+                by_key[key] = held_bytes(slot.store)
             elif isinstance(value, torch.Tensor) and features in value.shape:
-                total += held_bytes(value)
-        return total
+                by_key.setdefault(key, held_bytes(value))
+        return sum(by_key.values()) + parked
 
     def parked(self) -> dict[str, torch.Tensor]:
         """
