@@ -1,23 +1,71 @@
 """torch.compile around ranks that change."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from unittest import mock
+
+from torch import nn
+
+from ..ranks import FACTORS, RankedPair
+
+# What torch's mark on a tensor is made of.
+_MARKS = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
+
+
+def _pairs(adapted) -> list[RankedPair]:
+    """Every pair in the model.  Raises: TypeError (neither an Adapter nor a module)."""
+    model = adapted if isinstance(adapted, nn.Module) else getattr(adapted, "model", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dynamic_ranks: adapted must be an Adapter or an nn.Module, got {type(adapted).__name__}")
+    return [module for module in model.modules() if isinstance(module, RankedPair)]
+
+
+def _set_marks(factor: nn.Parameter, marks: dict) -> None:
+    for name in _MARKS:
+        vars(factor).pop(name, None)
+    vars(factor).update(marks)
+
+
+def _compare_sizes(expression) -> bool:
+    """torch's guard_or_true where a size that is known, if only as an example, is looked at."""
+    from torch.fx.experimental import _config, symbolic_shapes
+
+    with _config.patch(backed_size_oblivious=False):
+        return symbolic_shapes.guard_or_true(expression)
 
 
 @contextlib.contextmanager
-def dynamic_ranks() -> Iterator[None]:
+def dynamic_ranks(adapted=None) -> Iterator[None]:
     """
-    Within, torch.compile compiles for any rank: a model whose ranks change is compiled once more at the first change, and never again.
+    Within, torch.compile compiles for any rank: a model whose ranks change is compiled once, whatever they become.
 
     By default dynamo takes the shape of a parameter for a constant, so that every new rank compiles again until it gives up
-    (torch 2.13: after eight), and sizes 0 and 1 for special. Both settings are read when code is compiled: keep the calls of
-    the compiled model, not only torch.compile itself, inside. They are torch's own and restored at the end.
+    (torch 2.13: after eight), sizes 0 and 1 for special, and sizes that are equal at first for one and the same: those of modules
+    that start at one rank. Settings and marks count when code is compiled: keep the calls of the compiled model, not only
+    torch.compile itself, inside. They are torch's own, the settings hold for this thread, and all are restored at the end.
+
+    Args:
+        adapted: the Adapter, or a module with LoraLinear layers, whose factors' ranks are then known to be dynamic from the start.
+            Without it dynamo finds out by itself, and compiles again whenever another module's rank changes for the first time.
+    Raises: TypeError (adapted is neither).
     """
     import torch._dynamo
-    import torch.fx.experimental._config
+    import torch._functorch._aot_autograd.graph_compile as graph_compile
+    import torch.fx.experimental._config as shapes
 
-    with (
-        torch._dynamo.config.patch(force_parameter_static_shapes=False),
-        torch.fx.experimental._config.patch(backed_size_oblivious=True),
-    ):
+    pairs = [] if adapted is None else _pairs(adapted)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(force_parameter_static_shapes=False))
+        stack.enter_context(shapes.patch(backed_size_oblivious=True, use_duck_shape=False))
+        # torch 2.13 takes strides of activations that are sizes for others than inductor's own, unless it may look at an example,
+        # and then compiles a backward pass for that one size.
+        stack.enter_context(mock.patch.object(graph_compile, "guard_or_true", _compare_sizes))
+        for pair in pairs:
+            for name, dimension in zip(FACTORS, (0, 1), strict=True):
+                factor = getattr(pair, name)
+                marks = {mark: copy.copy(value) for mark, value in vars(factor).items() if mark in _MARKS}
+                stack.callback(_set_marks, factor, marks)
+                # Not mark_dynamic: a compiled function may look at a rank, and is then compiled for each.
+                torch._dynamo.maybe_mark_dynamic(factor, dimension)
         yield

@@ -1,5 +1,7 @@
 """The low-rank term alone: y += scaling · drop(x) Aᵀ diag(E) Bᵀ on the y that a base layer of any kind left, and its gradients."""
 
+import math
+
 import torch
 
 from . import _backend
@@ -13,7 +15,7 @@ MAX_RANK = 256  # of the kernels; beyond it the reference runs
 
 def as_2d(t: torch.Tensor) -> torch.Tensor:
     """(M, ·) of (..., ·); unlike reshape(-1, ·) also where a size is 0."""
-    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _drop(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
@@ -135,7 +137,7 @@ def _lora_delta_backward(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dr
 
 @torch.library.register_fake("adaptlora::lora_delta_", lib=library)
 def _(y, x, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
-    return x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake("adaptlora::lora_delta", lib=library)

@@ -1,5 +1,6 @@
 """LoRA linear layers that share x, each of its own rank: y_i = x W_iᵀ + bias_i + s_i · drop_i(x) A_iᵀ diag(E_i) B_iᵀ, and gradients."""
 
+import math
 from itertools import islice
 
 import torch
@@ -105,7 +106,7 @@ def _lora_group_backward(
 
 @torch.library.register_fake("adaptlora::lora_group", lib=library)
 def _(x, weights, biases, lora_As, lora_Bs, rank_scales, seeds, scalings, dropout_p):
-    s = x.new_empty((x.shape[:-1].numel(), sum(A.shape[0] for A in lora_As)), dtype=accumulation_dtype(x.dtype))
+    s = x.new_empty((math.prod(x.shape[:-1]), sum(A.shape[0] for A in lora_As)), dtype=accumulation_dtype(x.dtype))
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights], s
 
 

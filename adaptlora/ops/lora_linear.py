@@ -1,5 +1,7 @@
 """The LoRA linear layer: y = x Wᵀ + bias + scaling · drop(x) Aᵀ diag(E) Bᵀ and its gradients.  [LoRA, arXiv:2106.09685, eq. 3]"""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -63,7 +65,7 @@ def _lora_linear_backward(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, sc
 
 @torch.library.register_fake("adaptlora::lora_linear", lib=library)
 def _(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dropout_p):
-    s = x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
+    s = x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]), dtype=accumulation_dtype(x.dtype))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), s
 
 
