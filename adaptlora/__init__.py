@@ -2,6 +2,7 @@
 
 from . import nn, ops
 from .adapter import Adapter, RankChange, attach, load, trained_parameters
+from .checkpoint import check_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
 from .config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
 from .logs import log_values
@@ -37,12 +38,16 @@ __all__ = [
     "ShearReport",
     "TAIAConfig",
     "attach",
+    "check_checkpoint",
     "dynamic_ranks",
+    "last_checkpoint",
     "load",
+    "load_checkpoint",
     "log_values",
     "nn",
     "ops",
     "register_optimizer_state",
+    "save_checkpoint",
     "shear",
     "shear_files",
     "trained_parameters",

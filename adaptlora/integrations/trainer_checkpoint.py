@@ -1,0 +1,177 @@
+"""The checkpoints that transformers' Trainer writes: sealed once they are complete, and checked before they are resumed from.
+
+Trainer writes into checkpoint-N itself, in this order: weights, optimizer.pt, scheduler.pt, scaler.pt, rng_state.pth, trainer_state.json;
+then it removes old checkpoints, then it tells its callbacks. A run that is killed leaves a folder of that name at any of these points.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from ..checkpoint_files import (
+    MANIFEST,
+    TRAINER,
+    check_files,
+    checkpoints,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
+from ..tensor_files import open_tensors
+
+STATE = "trainer_state.json"
+_OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
+_INDEX = "model.safetensors.index.json"
+
+
+def seal(folder, *, first: bool = True) -> None:
+    """
+    Sync a complete checkpoint to disk and vouch for it: adaptlora_checkpoint.json gets size and SHA-256 of every file, the adapter's too.
+
+    Args: first: whether this process writes. In distributed training every process calls, after it has written its own files.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if first:
+        _vouch(Path(folder))
+
+
+def _vouch(folder: Path) -> None:
+    names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    times = folder.stat()
+    step = _check_state(folder)["global_step"]
+    write_manifest(folder, TRAINER, step, [name.as_posix() for name in visible if name.name != MANIFEST])
+    # Trainer removes the folders that were changed longest ago, and what it wrote has not changed.
+    os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def check(folder) -> None:
+    """
+    Raises: ValueError that names the first file that keeps a checkpoint of Trainer's from being resumed exactly.
+
+    A sealed one is compared with its seal. One that is not, since the run was killed before or had no adapter, is whole if its files
+    can be read to their ends and trainer_state.json, which is written last, is of this step.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        if manifest["kind"] != TRAINER:
+            raise ValueError(
+                f"{folder / MANIFEST} must be of a checkpoint of Trainer's, got one of {manifest['kind']!r}"
+            )
+        check_files(folder, manifest)
+        names = manifest["files"].keys()
+    else:
+        _check_state(folder)
+        names = {file.name for file in folder.iterdir()}
+        _check_weights(folder, names)
+    random = {name for name in names if name.startswith("rng_state") and name.endswith(".pth")}
+    for name in {_OPTIMIZER, _SCHEDULER} - names or ({"rng_state.pth"} if not random else ()):
+        raise ValueError(
+            f"{folder / name} is missing: the checkpoint cannot be resumed exactly (save_only_model leaves it out; or it was "
+            "lost)"
+        )
+    if not (folder / MANIFEST).exists():
+        for name in sorted({_OPTIMIZER, _SCHEDULER, *random} | ({_SCALER} & names)):
+            _check_zip(folder / name)
+
+
+def _check_state(folder: Path) -> dict:
+    file = folder / STATE
+    try:
+        state = json.loads(file.read_bytes())
+        step = state["global_step"]
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing: the checkpoint was not written to its end") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} must be Trainer's state, whole: {error!r}") from error
+    if step_of(folder) not in (None, step) or not isinstance(step, int):
+        raise ValueError(f"{file} must be of step {step_of(folder)}, as the folder's name says, got {step!r}")
+    return state
+
+
+def _check_weights(folder: Path, names: set[str]) -> None:
+    weights = {name for name in names if name.endswith(".safetensors")}
+    if _INDEX in names:
+        try:
+            shards = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / _INDEX} must be an index of shards, whole: {error!r}") from error
+        for name in sorted(shards - weights):
+            raise ValueError(f"{folder / name} is missing, and {_INDEX} names it")
+    elif not weights:
+        raise ValueError(f"{folder / 'model.safetensors'} is missing")
+    for name in sorted(weights):
+        with open_tensors("check", folder / name):
+            pass
+
+
+def _check_zip(file: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{file} must be a whole file of torch.save's: {error}") from error
+    if bad is not None:
+        raise ValueError(f"{file} must be a whole file of torch.save's, and {bad} in it is damaged")
+
+
+def check_resumed(output_dir, state, optimizer=None, scheduler=None, *, first: bool = True) -> None:
+    """
+    For `on_train_begin`, when Trainer has loaded what it resumes from: that must have been a whole checkpoint.
+
+    Which one it was Trainer does not say: checkpoint-<global_step> in `output_dir` if its state is the one that was loaded. What a
+    killed run left whole but unsealed there is sealed, before Trainer writes over it.
+
+    Args: state: TrainerState.   optimizer, scheduler: Trainer's, as callbacks get them.   first: whether this process may write.
+    Raises: ValueError that names the file, and the checkpoint to resume from instead.
+    """
+    output_dir = Path(output_dir)
+    if state.global_step and not _check_source(output_dir, state):
+        began = scheduler is None or getattr(scheduler, "last_epoch", 0) > 0
+        if optimizer is not None and not optimizer.state_dict()["state"] and not began:
+            raise ValueError(
+                f"Trainer: the checkpoint of step {state.global_step} must hold {_OPTIMIZER} and {_SCHEDULER}, and Trainer goes on "
+                f"without them, not as before{_advice(output_dir)}"
+            )
+    if first and output_dir.is_dir():
+        for step, folder in checkpoints(output_dir).items():
+            if step >= state.global_step and not (folder / MANIFEST).exists() and _is_whole(folder):
+                _vouch(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_source(output_dir: Path, state) -> bool:
+    """Whether the checkpoint that was loaded is known.  Raises: ValueError if it is, and it is not whole."""
+    folder = output_dir / f"checkpoint-{state.global_step}"
+    try:
+        stored = _check_state(folder)["stateful_callbacks"]
+    except (ValueError, KeyError):
+        return False
+    if json.dumps(stored, sort_keys=True) != json.dumps(state.stateful_callbacks, sort_keys=True):
+        return False
+    try:
+        check(folder)
+    except ValueError as error:
+        raise ValueError(f"Trainer: {folder} cannot be resumed from: {error}{_advice(output_dir)}") from error
+    return True
+
+
+def _advice(output_dir: Path) -> str:
+    from ..checkpoint import last_checkpoint
+
+    found = last_checkpoint(output_dir)
+    if found is None:
+        return f"; {output_dir} has no whole checkpoint: start anew"
+    return f"; resume from the latest whole one, trainer.train(resume_from_checkpoint={str(found)!r})"
