@@ -39,7 +39,7 @@ def inspect_adapter(folder: str | Path) -> Inspection:
     folder = Path(folder)
     config_file, weights = folder / peft.CONFIG_FILE, folder / peft.WEIGHTS_FILE
     for file in (config_file, weights):
-        if not file.is_file():
+        if not file.exists():
             raise ValueError(f"inspect: adapter must be a folder with {file.name}, got {str(folder)!r}")
     with adapter_folder.settled(folder) as files:
         config, tensors, _ = peft.read_files(files, "inspect")

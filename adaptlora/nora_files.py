@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from . import adapter_folder
 from .config import NoRAConfig
 from .methods.nora import StoredOuter, probe
 from .nn import Outer
+from .targets import check_expressions
 from .tensor_files import read_tensors
 from .text_files import read_json
 
@@ -60,9 +62,19 @@ def write(adapter, path, *, save_outer: bool) -> None:
     for name, module in adapter.saved.items():
         tensors |= {f"{_SAVED}{name}:{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    content = {"format": _FORMAT, "config": dataclasses.asdict(adapter.config), "modules": modules}
+    content = {"format": _FORMAT, "config": _readable(adapter), "modules": modules}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     adapter_folder.write(Path(path), WEIGHTS_FILE, tensors, {CONFIG_FILE: text}, {})
+
+
+def _readable(adapter) -> dict:
+    """The adapter's configuration as a dict, with modules by name where the user's expression is one that no file may hold."""
+    config = dataclasses.asdict(adapter.config)
+    try:
+        check_expressions("save", "target_modules", _expressions(config), adapter.layers)
+    except ValueError:
+        config |= {"target_modules": "|".join(map(re.escape, adapter.layers)), "exclude_modules": None}
+    return config
 
 
 def read_files(files: adapter_folder.settled, op: str) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
@@ -110,17 +122,30 @@ def _described(file: Path, content: dict) -> tuple[NoRAConfig, dict]:
     try:
         if content["format"] != _FORMAT:
             raise ValueError(f"format must be {_FORMAT!r}, got {content['format']!r}")
-        config, modules = NoRAConfig(**content["config"]), content["modules"]
-        if not modules:
+        modules = content["modules"]
+        if not isinstance(modules, dict) or not modules:
             raise ValueError("modules must name at least one module, got none")
         for name, module in modules.items():
             scaling = module["scaling"]
-            finite = isinstance(scaling, (int, float)) and math.isfinite(scaling)
+            finite = type(scaling) in (int, float) and math.isfinite(scaling)
             if not finite or not isinstance(module["weight_sha256"], str):
                 raise ValueError(f"{name} must have a scaling and a weight_sha256, got {module!r}")
-    except (KeyError, TypeError, ValueError) as error:
+        check_expressions("load", str(file), _expressions(content["config"]), modules)
+        return NoRAConfig(**content["config"]), modules
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {file} must describe a NoRA adapter: {error!r}") from error
-    return config, modules
+
+
+def _expressions(config: dict) -> list[str]:
+    """Regular expressions in a NoRAConfig's fields.  Raises: ValueError (a field of another type)."""
+    found = []
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = config[field]
+        entries = [names] if isinstance(names, str) else names or []
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"{field} must be a list of names or a regular expression, got {names!r}")
+        found += [names] if isinstance(names, str) else []
+    return [*found, *config["rank_pattern"], *config["alpha_pattern"]]
 
 
 def _needed(file: Path, name: str, found: dict[str, Tensor], part: str) -> Tensor:

@@ -9,11 +9,13 @@ from . import adapter_folder
 from .io import HISTORY_FILE
 from .text_files import read_json
 
+_MOST_CELLS = 1 << 28
+_MOST = 1 << 31  # of ranks and steps
 _MOST_BYTES = 1 << 30  # a change of rank takes some 15 bytes, and La-LoRA may make one in each group at each step
 
 
 def _are_counts(values, least: int = 0) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= least for value in values)
+    return isinstance(values, list) and all(type(value) is int and least <= value < _MOST for value in values)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,11 @@ class RankHistory:
                 raise ValueError(f"inspect: {file} must hold the ranks over the steps of a run: {error}") from error
 
     def table(self) -> torch.Tensor:
-        """(groups, steps + 1) int64: each group's rank before the first step and after every step."""
+        """(groups, steps + 1) int64: each group's rank before the first step and after every step.  Raises: ValueError (too large)."""
+        if len(self.groups) * (self.steps + 1) > _MOST_CELLS:
+            raise ValueError(
+                f"rank history: steps must be few enough for a table of {_MOST_CELLS} ranks, got {self.steps}"
+            )
         differences = torch.zeros(len(self.groups), self.steps + 1, dtype=torch.int64)
         now = list(self.start)
         differences[:, 0] = torch.tensor(now)
@@ -78,11 +84,17 @@ class RankHistory:
 
     def average_rank(self) -> float:
         """Mean over modules and steps of the rank that a step was computed with; without a step that of the start."""
-        sizes = torch.tensor([len(names) for names in self.groups.values()])
-        during = self.table()[:, : max(1, self.steps)].double().mean(1)
-        return ((during * sizes).sum() / sizes.sum()).item()
+        steps = max(1, self.steps)
+        sums, now = [steps * rank for rank in self.start], list(self.start)
+        for step, group, rank in self.changes:
+            sums[group] += (steps - step) * (rank - now[group])
+            now[group] = rank
+        sizes = [len(names) for names in self.groups.values()]
+        return sum(total * size for total, size in zip(sums, sizes, strict=True)) / (steps * sum(sizes))
 
     def final_ranks(self) -> dict[str, int]:
         """{module: its rank after the last step}"""
-        ranks = self.table()[:, -1].tolist()
+        ranks = list(self.start)
+        for _, group, rank in self.changes:
+            ranks[group] = rank
         return {name: rank for names, rank in zip(self.groups.values(), ranks, strict=True) for name in names}

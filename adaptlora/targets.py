@@ -1,6 +1,10 @@
 """Which modules of a model a configuration means, by PEFT's rules, and the pattern look-ups that go with them."""
 
+import functools
+import math
 import re
+from re import _constants as codes
+from re import _parser as parser
 
 from torch import nn
 
@@ -21,12 +25,97 @@ def matches(spec: str | list[str] | None, name: str) -> bool:
 
 def matches_pattern(key: str, name: str) -> bool:
     """PEFT's rule for the keys of rank_pattern and alpha_pattern: a regular expression for the name or a dotted suffix of it."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _suffix_rule(key).match(name) is not None
+
+
+@functools.lru_cache(1 << 14)  # re's own holds fewer than an adapter may have patterns
+def _suffix_rule(key: str) -> re.Pattern:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def pattern_value(pattern: dict, name: str, default):
     """Value of the first key of `pattern` that matches `name`."""
     return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
+
+
+_MOST_STEPS = 5e9  # some ten seconds at the very worst: literals cut real expressions short long before
+_MOST_REPEATS = 1000
+_USUAL_LENGTH = 100  # of a model's longest module name
+
+
+def check_expressions(op: str, where: str, expressions, names) -> None:
+    """
+    Regular expressions from a file must not take forever on the names of modules.
+
+    Raises: ValueError (no regular expression, an exponential one, or so many of polynomial length).
+    """
+    length = max([_USUAL_LENGTH, *map(len, names)])
+    steps = 0.0
+    for expression in expressions:
+        try:
+            # as `matches_pattern` has it
+            ways, degree = _ways(parser.parse(rf"(.*\.)?({expression})$"), length, False)
+        except (ValueError, RecursionError, OverflowError, re.error) as error:
+            rule = "must be a regular expression that cannot take forever"
+            raise ValueError(f"{op}: {where} {rule}, got {expression[:80]!r}: {error}") from error
+        steps += min(ways, 1e30) * math.comb(length + degree, degree) * len(names)
+    if steps > _MOST_STEPS:
+        raise ValueError(
+            f"{op}: {where} must need at most {_MOST_STEPS:g} steps on {len(names)} names, got {steps:.2g}"
+        )
+
+
+def _ways(tree, length: int, repeated: bool) -> tuple[float, int]:
+    """
+    (w, d): a parsed expression matches at one place of a name of n characters in at most w · C(n + d, d) ways, for its d unbounded
+    repeats share the name between them; a bound on what backtracking tries.
+    """
+    ways, degree = 1.0, 0
+    for code, argument in tree:
+        inner = (1.0, 0)
+        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT):
+            inner = _repeat_ways(*argument, length, repeated)
+        elif code is codes.BRANCH:
+            inner = _branch_ways(argument[1], length, repeated)
+        elif code is codes.SUBPATTERN:
+            inner = _ways(argument[-1], length, repeated)
+        elif code is codes.ATOMIC_GROUP:
+            inner = _ways(argument, length, repeated)
+        elif code in (codes.ASSERT, codes.ASSERT_NOT):
+            within, of_degree = _ways(argument[1], length, repeated)
+            inner = (within * math.comb(length + of_degree, of_degree), 0)
+        elif code is codes.GROUPREF_EXISTS:
+            inner = _sum([_ways(part, length, repeated) for part in argument[1:] if part is not None])
+        if repeated and inner != (1.0, 0):
+            raise ValueError("what is repeated must match in one way")
+        ways, degree = ways * inner[0], degree + inner[1]
+    return ways, degree
+
+
+def _repeat_ways(least: int, most: int, body, length: int, repeated: bool) -> tuple[float, int]:
+    if least > _MOST_REPEATS or _MOST_REPEATS < most < codes.MAXREPEAT:
+        raise ValueError(f"a repeat must be of at most {_MOST_REPEATS} times or unbounded")
+    if repeated and most > 1:
+        raise ValueError("a repeat must not be repeated")
+    ways, degree = _ways(body, length, repeated or most > 1)
+    return (ways, degree + 1) if most == codes.MAXREPEAT else (ways * (most - least) + 1, degree)
+
+
+def _branch_ways(alternatives, length: int, repeated: bool) -> tuple[float, int]:
+    """Of plain words only those match at one place that begin one another."""
+    if any(code is not codes.LITERAL for alternative in alternatives for code, _ in alternative):
+        return _sum([_ways(alternative, length, repeated) for alternative in alternatives])
+    chain, longest = [], 1
+    for word in sorted([letter for _, letter in alternative] for alternative in alternatives):
+        while chain and word[: len(chain[-1])] != chain[-1]:
+            chain.pop()
+        chain.append(word)
+        longest = max(longest, len(chain))
+    return float(longest), 0
+
+
+def _sum(parts: list[tuple[float, int]]) -> tuple[float, int]:
+    return sum(ways for ways, _ in parts), max(degree for _, degree in parts)
 
 
 _BLOCKS = re.compile(r"(?:.*\.)?blocks?\.\d+(?=\.)")

@@ -29,7 +29,7 @@ def read(path, *, skip_unsupported: bool = False) -> LoraFile:
     )
     kind = diffusers if is_diffusers else kohya
     parts = find_parts("read", path, {key: key for key in tensors}, kind.known_part)
-    configs = diffusers.read_configs("read", path, metadata) if is_diffusers else {}
+    configs = diffusers.read_configs("read", path, metadata, parts) if is_diffusers else {}
 
     def reason(name: str) -> str | None:
         place = diffusers.component_of(configs, name)

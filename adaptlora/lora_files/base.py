@@ -1,8 +1,8 @@
 """What the formats share: the modules of an adapter file, the checks on them, and the way from one file to another."""
 
 import dataclasses
-import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # kohya's alpha may be one
 _DORA = "DoRA scales by a trained magnitude"
 # Tensors beside the factors by which a module is more than scaling · B A: {part of the key: why}.
 _UNSUPPORTED_PARTS = {
@@ -127,12 +128,13 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def is_positive(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def natural(name: str) -> list:
     """Sort key by which layer 10 comes after layer 9."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+    parts = ((part.lstrip("0"), part) for part in re.split(r"([0-9]+)", name))
+    return [(1, len(digits), digits) if part.isdecimal() else (0, 0, part) for digits, part in parts]
 
 
 def find_parts(op: str, file: Path, names: dict[str, str], known) -> dict[str, dict[str, str]]:
@@ -194,12 +196,13 @@ def pair(op: str, file: Path, name: str, found: dict[str, Tensor]) -> tuple[Tens
     shape_A, shape_B = shapes.get("lora_A", ()), shapes.get("lora_B", ())
     linear = len(shape_A) == len(shape_B) == 2
     convolution = len(shape_A) == len(shape_B) > 2 and set(shape_B[2:]) == {1}
-    fits = (linear or convolution) and 0 < shape_A[0] == shape_B[1]
+    # A tensor without numbers may have any other dimension: a rank of billions in a tiny file.
+    fits = (linear or convolution) and shape_A[0] == shape_B[1] and 0 not in (*shape_A, *shape_B)
     if not fits or shapes.get("bias", shape_B[:1]) != shape_B[:1]:
         raise ValueError(f"{op}: {file}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}")
     for part, tensor in found.items():
-        # kohya's alpha may be an integer
-        if (tensor.dtype not in DTYPES and part != "alpha") or not tensor.isfinite().all():
+        allowed = (*DTYPES, *_INTEGERS) if part == "alpha" else DTYPES
+        if tensor.dtype not in allowed or not tensor.isfinite().all():
             raise ValueError(
                 f"{op}: {file}: {name}: {part} must hold finite floating-point numbers of 16 bits or more, got {tensor.dtype}"
             )

@@ -34,7 +34,7 @@ def known_part(key: str) -> tuple[str, str] | None:
     return found and (found["module"], _PARTS[next(filter(None, found.group("factor", "bias", "half", "alpha")))])
 
 
-def read_configs(op: str, file: Path, metadata: dict[str, str]) -> dict[str, dict]:
+def read_configs(op: str, file: Path, metadata: dict[str, str], names) -> dict[str, dict]:
     """{component, or "": its LoraConfig} from the metadata.  Raises: ValueError (no JSON object, a damaged or unsupported one)."""
     flat = parse_json(op, f"{file}: {_CONFIGS}", metadata.get(_CONFIGS, "{}"))
     configs: dict[str, dict] = {}
@@ -42,7 +42,7 @@ def read_configs(op: str, file: Path, metadata: dict[str, str]) -> dict[str, dic
         component, _, field = key.rpartition(".")
         configs.setdefault(component, {})[field] = value
     for component, config in configs.items():
-        peft_config.check_config(op, f"{file}: {_CONFIGS} of {component!r}", config)
+        peft_config.check_config(op, f"{file}: {_CONFIGS} of {component!r}", config, names)
     return configs
 
 

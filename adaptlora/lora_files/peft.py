@@ -83,9 +83,9 @@ def parse(
 ) -> PeftFile:
     """What `read_files` found in the folder `path`, checked; see `lora_files.read`."""
     weights = path / WEIGHTS_FILE
-    peft_config.check_config(op, path / CONFIG_FILE, config)
-    whole = peft_config.unsupported_field(config)
     parts = find_parts(op, weights, {key: key.removeprefix(KEY_PREFIX) for key in tensors}, known_part)
+    peft_config.check_config(op, path / CONFIG_FILE, config, parts)
+    whole = peft_config.unsupported_field(config)
     keys, skipped = split_supported(
         op, weights, parts, lambda name: whole or unsupported_part(parts[name]), skip=skip_unsupported
     )

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ..targets import pattern_value
+from ..targets import check_expressions, pattern_value
 from ..text_files import read_json
 from .base import is_positive
 
@@ -20,6 +20,7 @@ _UNSUPPORTED = {
     "use_bdlora": "the factors are block-diagonal",
 }
 
+_FLAGS = ("use_rslora", "fan_in_fan_out", "lora_bias")
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 # PEFT derives the base's weights anew from other ones when it loads the adapter: a residual is what the factors belong to.
@@ -34,12 +35,24 @@ def read_config(op: str, file: Path) -> dict:
     return config
 
 
-def check_config(op: str, file: Path, config: dict) -> None:
-    """Raises: ValueError if ranks or scalings are damaged, or the factors belong to other weights than the base's."""
-    if not is_positive(config.get("r")) or config["r"] != int(config["r"]):
+def check_config(op: str, file: Path, config: dict, names) -> None:
+    """
+    Args: names: of the adapted modules.
+    Raises: ValueError if ranks or scalings are damaged, patterns could take forever, or the factors are not the base's own weights'.
+    """
+    if type(config.get("r")) is not int or not is_positive(config["r"]):
         raise ValueError(f"{op}: {file}: r must be an integer > 0, got {config.get('r')!r}")
     if not is_positive(config.get("lora_alpha")):
         raise ValueError(f"{op}: {file}: lora_alpha must be a number > 0, got {config.get('lora_alpha')!r}")
+    dropout = config.get("lora_dropout", 0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"{op}: {file}: lora_dropout must be in [0, 1), got {dropout!r}")
+    for field in _FLAGS:
+        if config.get(field) not in (None, True, False):
+            raise ValueError(f"{op}: {file}: {field} must be true or false, got {config[field]!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{op}: {file}: modules_to_save must be a list of names, got {saved!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(map(is_positive, pattern.values())):
@@ -47,10 +60,11 @@ def check_config(op: str, file: Path, config: dict) -> None:
         for key in pattern:
             try:
                 re.compile(key)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"{op}: {file}: {field} must have regular expressions as keys, got {key!r}: {error}"
                 ) from error
+        check_expressions(op, f"{file}: {field}", pattern, names)
     if config.get("bias", "none") != "none":
         raise ValueError(f'{op}: {file}: bias must be "none", got {config["bias"]!r}')
     if config.get("init_lora_weights", True) not in _PLAIN_INITS:
