@@ -7,7 +7,9 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
+from pathlib import Path
 
 import peft
 import pytest
@@ -98,11 +100,14 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root, to become another user")
-def test_a_folder_of_another_user(tmp_path):
-    folder = tmp_path / "adapter"
+def test_a_folder_of_another_user():
+    with tempfile.TemporaryDirectory() as parent:  # tmp_path lies in folders that only one user may enter
+        os.chmod(parent, 0o755)
+        as_another_user(Path(parent) / "adapter")
+
+
+def as_another_user(folder):
     plain(0).save(folder)
-    for parent in (tmp_path, *list(tmp_path.parents)[:2]):
-        parent.chmod(0o755)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
     def other_user():
@@ -257,6 +262,13 @@ def test_ranks_that_no_file_holds(tmp_path):
         adaptlora.load(Net(), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    plain(0).save(folder)
+    return folder, json.loads((folder / CONFIG).read_text())
+
+
 @given(
     field=st.sampled_from(sorted({*peft.LoraConfig().to_dict(), "lora_bias", "adaptlora"})),
     value=st.recursive(
@@ -273,10 +285,9 @@ def test_ranks_that_no_file_holds(tmp_path):
 @settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_value_in_any_field(field, value, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "any-field"
-    plain(0).save(folder)
-    edit(folder, **{field: value})
+def test_any_value_in_any_field(field, value, whole):
+    folder, config = whole
+    (folder / CONFIG).write_text(json.dumps(config | {field: value}))
     model = Net()
     try:
         adaptlora.load(model, folder)
