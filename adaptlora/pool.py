@@ -1,9 +1,25 @@
 """A function over many modules, several at once, with bits that do not depend on how many."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import torch
+
+_setting = threading.Lock()
+
+
+def _use_one_core(threads: int) -> None:
+    """
+    For the calling thread alone. What a thread sets is also what threads that come to torch later begin with: another one sets that
+    back, so that a training beside this one keeps its cores.
+    """
+    with _setting:
+        torch.get_num_threads()  # a thread takes the common number at its first use of torch
+        torch.set_num_threads(1)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        restoring.start()
+        restoring.join()
 
 
 def check_workers(op: str, workers) -> None:
@@ -22,7 +38,7 @@ def over(function: Callable, items: Iterable, workers: int | None = None) -> Ite
     """
     threads = torch.get_num_threads()
     pending, items = {}, iter(items)
-    pool = ThreadPoolExecutor(workers or threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers or threads, initializer=_use_one_core, initargs=(threads,))
     try:
         while True:
             for item in items:
@@ -35,5 +51,3 @@ def over(function: Callable, items: Iterable, workers: int | None = None) -> Ite
                 yield pending.pop(future), future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        # What a thread sets is also what threads to come begin with.
-        torch.set_num_threads(threads)
