@@ -74,9 +74,9 @@ class RankHistory:
             raise ValueError(
                 f"rank history: steps must be few enough for a table of {_MOST_CELLS} ranks, got {self.steps}"
             )
-        differences = torch.zeros(len(self.groups), self.steps + 1, dtype=torch.int64)
+        differences = torch.zeros(len(self.groups), self.steps + 1, dtype=torch.int64, device="cpu")
         now = list(self.start)
-        differences[:, 0] = torch.tensor(now)
+        differences[:, 0] = torch.tensor(now, device="cpu")
         for step, group, rank in self.changes:
             differences[group, step] += rank - now[group]
             now[group] = rank

@@ -55,9 +55,9 @@ def store_vector(address, offs, mask, code, values, VECTOR: tl.constexpr):
 
 def repeated(layout: list[tuple[int, ...]], counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(each line of `layout` as often as its count says, the number of every copy among those of its line), int64."""
-    counts = torch.tensor(counts)
-    lines = torch.tensor(layout).repeat_interleave(counts, dim=0)
-    return lines, torch.arange(len(lines)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    counts = torch.tensor(counts, device="cpu")
+    lines = torch.tensor(layout, device="cpu").repeat_interleave(counts, dim=0)
+    return lines, torch.arange(len(lines), device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _relative_table(device: torch.device, shapes: tuple) -> tuple[torch.Tensor, 
 
 @functools.lru_cache(maxsize=16)
 def _addresses(device: torch.device, addresses: tuple[int, ...]) -> torch.Tensor:
-    return to_device(torch.tensor(addresses), device)
+    return to_device(torch.tensor(addresses, device="cpu"), device)
 
 
 def empty_pairs(lora_As, lora_Bs):

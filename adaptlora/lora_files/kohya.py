@@ -23,7 +23,7 @@ def known_part(key: str) -> tuple[str, str] | None:
 
 def stored_alpha(old: Tensor | None, scaling: float, rank: int) -> Tensor:
     """alpha = scaling · r, 0-dimensional unless `old` is not; in float32 where the dtype of `old` would round it."""
-    exact = torch.tensor(scaling * rank, dtype=torch.float32)
+    exact = torch.tensor(scaling * rank, dtype=torch.float32, device="cpu")
     if old is None:
         return exact
     dtype = old.dtype if exact.to(old.dtype).float() == exact else torch.float32

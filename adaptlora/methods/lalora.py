@@ -78,7 +78,7 @@ class LaLoRA(Method):
         self.groups = list(dict.fromkeys(names))
         numbers = {name: i for i, name in enumerate(self.groups)}
         self.group_of = [numbers[name] for name in names]
-        self._group_of = torch.tensor(self.group_of)
+        self._group_of = torch.tensor(self.group_of, device="cpu")
         self.caps = self._per_group("r", [self.rank_and_scaling(config, name)[0] for name in layers])
         self.group_ranks = self._per_group("rank", [layer.rank for layer in layers.values()])
         self.budget = float(sum(self.group_ranks))
@@ -158,7 +158,9 @@ class LaLoRA(Method):
         with torch.no_grad():
             grads = [[getattr(self.pairs[i], f).grad for i in used] for f in FACTORS]
             sums = torch.stack([torch.cat(norms).double().square() for norms in rank_norms(*grads)]).sum(0)
-            owners = self._group_of[used].repeat_interleave(torch.tensor([self.pairs[i].rank for i in used]))
+            owners = self._group_of[used].repeat_interleave(
+                torch.tensor([self.pairs[i].rank for i in used], device="cpu")
+            )
             found = sums.new_zeros(len(self.groups)).index_add_(0, owners.to(sums.device, non_blocking=True), sums)
             scale = getattr(optimizer, "grad_scale", None)
             if scale is not None:
@@ -231,7 +233,7 @@ class LaLoRA(Method):
 
     def _at(self, norms: torch.Tensor) -> torch.Tensor:
         """Norms at today's ranks, (2, modules)."""
-        ranks = torch.tensor(self.group_ranks)[self._group_of]
+        ranks = torch.tensor(self.group_ranks, device="cpu")[self._group_of]
         return norms.gather(2, ranks[None, :, None].expand(2, -1, 1))[..., 0]
 
     def _by_group(self, values: torch.Tensor) -> list[float]:

@@ -90,7 +90,8 @@ def probe(outer: Outer) -> Tensor:
     """(2, r_out): projections of one fixed random vector on the outer factors. Other factors, signs or an order of vectors have others."""
     rows = []
     for side in (outer.U.t(), outer.Vh):
-        vector = torch.randn(side.shape[1], generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        vector = torch.randn(side.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         rows.append(side.detach().cpu().double() @ vector.double() / side.shape[1] ** 0.5)
     return torch.stack(rows).float()
 

@@ -119,7 +119,8 @@ class NoRALinear(AdaptedLinear):
                 pair.lora_A.copy_(self.outer_S.sqrt().diag()[:r])
                 pair.lora_B.copy_(pair.lora_A.t())
             elif inner_init == "orthogonal":
-                pair.lora_A.copy_(nn.init.orthogonal_(torch.empty(r, r_out, dtype=like["dtype"]), generator=generator))
+                rows = torch.empty(r, r_out, dtype=like["dtype"], device="cpu")
+                pair.lora_A.copy_(nn.init.orthogonal_(rows, generator=generator))
         self._inner_r = r
         self._train(pair)
 

@@ -14,7 +14,7 @@ _PROBES = 16
 def gaussian(rows: int, columns: int, seed: int, like: torch.Tensor) -> torch.Tensor:
     """The same numbers on every device, for every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(like)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
 
 def gram_svd(W: torch.Tensor, k: int, seed: int):

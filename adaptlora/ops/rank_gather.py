@@ -46,7 +46,11 @@ def _flat(sources, rows) -> tuple[list, torch.Tensor, list[int]]:
         if id(chosen) not in converted:
             converted[id(chosen)] = _indices(i, chosen)
     taken = [converted[id(chosen)] for chosen in rows]
-    return sources, torch.cat(taken) if taken else torch.empty(0, dtype=torch.int64), [len(chosen) for chosen in taken]
+    return (
+        sources,
+        torch.cat(taken) if taken else torch.empty(0, dtype=torch.int64, device="cpu"),
+        [len(chosen) for chosen in taken],
+    )
 
 
 def _indices(i: int, chosen) -> torch.Tensor:
@@ -61,8 +65,8 @@ def _indices(i: int, chosen) -> torch.Tensor:
 
 
 def _check_range(sources, rows, counts) -> None:
-    limits = torch.tensor([source.shape[0] for source in sources])
-    owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    limits = torch.tensor([source.shape[0] for source in sources], device="cpu")
+    owners = torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
     bad = ((rows < -1) | (rows >= limits[owners])).nonzero()
     if len(bad):
         i, index = int(owners[bad[0, 0]]), int(rows[bad[0, 0]])
@@ -94,7 +98,7 @@ torch.library.register_autograd("adaptlora::rank_gather", _backward, lib=library
 
 def gather_rows(sources: list[torch.Tensor], rows: list[list[int]]) -> list[torch.Tensor]:
     """`rank_gather` for callers that have seen to their sources and lists: of the rules it checks only that of the range."""
-    flat = torch.tensor([row for chosen in rows for row in chosen], dtype=torch.int64)
+    flat = torch.tensor([row for chosen in rows for row in chosen], dtype=torch.int64, device="cpu")
     return torch.ops.adaptlora.rank_gather(sources, flat, [len(chosen) for chosen in rows])
 
 

@@ -46,7 +46,7 @@ def official_overlap(delta: torch.Tensor, U_base: torch.Tensor, r: int, c: int, 
     Args: delta: the dense (N, K) update.   U_base: (N, r).
     """
     if c < r:
-        sketch = torch.randn(delta.shape[1], c, generator=generator).to(delta)
+        sketch = torch.randn(delta.shape[1], c, generator=generator, dtype=torch.float32, device="cpu").to(delta)
         Q, _ = torch.linalg.qr(delta @ sketch)
         delta = Q @ (Q.mT @ delta)
     U = torch.linalg.svd(delta, full_matrices=False).U[:, :r]
