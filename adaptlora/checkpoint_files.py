@@ -87,11 +87,13 @@ def check_files(folder: Path, manifest: dict) -> None:
             with open(file, "rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size != facts["size"]:
-                    raise ValueError(f"{file} must have {facts['size']} bytes, got {size}; it is damaged")
+                    raise ValueError(
+                        f"{file} must have {facts['size']} bytes, as {MANIFEST} says, got {size}: one of them is damaged"
+                    )
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise ValueError(f"{file} is missing or cannot be read: {error.strerror}") from error
         if digest != facts["sha256"]:
             raise ValueError(
-                f"{file} must have the SHA-256 {str(facts['sha256'])[:12]}… of its manifest, got {digest[:12]}…; it is damaged"
+                f"{file} must have the SHA-256 {str(facts['sha256'])[:12]}… of {MANIFEST}, got {digest[:12]}…: one of them is damaged"
             )
