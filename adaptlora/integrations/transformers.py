@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..logs import log_values
 from ..methods import NonFiniteError
+from . import trainer_checkpoint
 from .compile import dynamic_ranks
 
 ADAPTER_FOLDER = "adapter"
@@ -38,8 +39,10 @@ class AdapterCallback(TrainerCallback, ExportableState):
     model's or yours. Where the loss or the norms are not finite the method's step is refused with a warning, training goes on, and the
     method does after the next step what it was to do.
 
-    Every training log gets `log_values`. Each checkpoint gets a PEFT adapter in its folder `adapter/`, and the method's state in its
-    trainer_state.json, from which `resume_from_checkpoint` and `load_best_model_at_end` take it.
+    Every training log gets `log_values`. Each checkpoint gets a PEFT adapter in its folder `adapter/`, the method's state in its
+    trainer_state.json, from which `resume_from_checkpoint` and `load_best_model_at_end` take it, and last a list of checksums: one
+    that is damaged or half-written is refused by name, and `adaptlora.last_checkpoint(output_dir)` finds the one before it. Under
+    torch_compile one compilation serves all ranks.
 
     Args:
         log_modules: also log every module's rank.
@@ -84,8 +87,11 @@ class AdapterCallback(TrainerCallback, ExportableState):
         if self._quantised:
             self.adapter.model.is_quantized = True
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self._training.close()  # of a training that an error ended
+        trainer_checkpoint.check_resumed(
+            args.output_dir, state, optimizer, lr_scheduler, first=state.is_world_process_zero
+        )
         if state.global_step:
             self._restore(state.stateful_callbacks)
         method = self.adapter.method
@@ -103,7 +109,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
             if method.needs_loss():
                 self._watch_losses(trainer)
         if args.torch_compile:
-            self._training.enter_context(dynamic_ranks())
+            self._training.enter_context(dynamic_ranks(self.adapter))
 
     def _go_first(self, callbacks: list) -> None:
         """Reporters come before callbacks that users add: what is to be in a log must be there before them."""
@@ -175,8 +181,10 @@ class AdapterCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            self.adapter.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / ADAPTER_FOLDER)
+            self.adapter.save(folder / ADAPTER_FOLDER)
+        trainer_checkpoint.seal(folder, first=state.is_world_process_zero)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._training.close()
