@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import crash_trials
+from kill_calls import kill_every_call
 from test_checkpoint import Loop
 
 import adaptlora
@@ -60,7 +61,7 @@ def every_call(folder, loop, expected):
         if completed:
             assert found[-1] == expected[-1]
 
-    calls = crash_trials.kill_every_call(lambda: loop.save(folder), check)
+    calls = kill_every_call(lambda: loop.save(folder), check)
     assert calls > 8
     return found
 
