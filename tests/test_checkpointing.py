@@ -150,7 +150,7 @@ def test_trainer(config, tmp_path):
         adapter = adaptlora.attach(model, method)
         rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
         arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=7, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, use_cpu=True,
+            tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, use_cpu=True,
             report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, gradient_checkpointing=enabled,
         )  # fmt: skip
         trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[adapter.callback()])

@@ -28,15 +28,16 @@ def bert():
     return model, bert_batch()
 
 
-def llama(layers=2):
+def llama():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, vocab_size=50
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=50
     )
     ids = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(0))
     return transformers.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
 
 
+BUILDS = [pytest.param(bert, marks=pytest.mark.slow, id="bert"), pytest.param(llama, id="llama")]
 SHARED = {"lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
 METHODS = {
     # r as the hidden size, so that ranks and features are equal at first.
@@ -89,13 +90,13 @@ def check_like_eager(build, config, *, compilations: int, backend="aot_eager", *
     return ranks
 
 
-@pytest.mark.parametrize("build", [bert, llama], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", BUILDS)
 def test_a_clip_compiles_nothing_anew(build):
     ranks = check_like_eager(build, METHODS["NormAL"], compilations=1)
     assert ranks[0] != ranks[-1] and 1 in ranks[-1]
 
 
-@pytest.mark.parametrize("build", [bert, llama], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", BUILDS)
 def test_ranks_that_change_in_every_step_compile_nothing_anew(build):
     """From rank 1 everywhere: up, apart from each other, down again, and to rank 1."""
     ranks = check_like_eager(build, METHODS["La-LoRA"], compilations=1, steps=10)
@@ -131,7 +132,7 @@ def test_without_settings_each_new_rank_compiles():
 def test_inductor(method):
     """The default backend draws random numbers of its own, other ones than eager's, unless it is told not to."""
     with torch._inductor.config.patch(fallback_random=True):
-        check_like_eager(lambda: llama(layers=1), METHODS[method], compilations=1, backend="inductor", steps=6)
+        check_like_eager(llama, METHODS[method], compilations=1, backend="inductor", steps=6)
 
 
 def test_sequences_of_other_lengths():

@@ -93,7 +93,7 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_default_dtype_changes_nothing(config, dtype, tmp_path, backend):
+def test_a_default_dtype_changes_nothing(config, dtype, tmp_path):
     expected = life(config, tmp_path / "expected", Net(), *batch())
 
     def context():
