@@ -106,14 +106,15 @@ def entries(optimizer, factor: str, parameter: torch.Tensor) -> Iterator[tuple[s
     Raises: TypeError (state that cannot follow; a layout that does not fit it).
     """
     check_optimizer(optimizer)
-    layout, shape = _layout(type(optimizer)), parameter.shape
-    rank = shape[ELEMENTWISE[factor].dim]
+    layout, shape, elementwise = _layout(type(optimizer)), parameter.shape, ELEMENTWISE[factor]
+    rank = shape[elementwise.dim]
     for key, value in optimizer.state.get(parameter, {}).items():
         found = NotImplemented if layout is None else layout(factor, key, value, shape)
         if found is NotImplemented:
             same = isinstance(value, torch.Tensor) and value.shape == shape
-            found = ELEMENTWISE[factor] if same else _usual(optimizer, factor, key, value, shape)
-        elif isinstance(found, int) and not isinstance(found, bool):
+            yield key, value, elementwise if same else _usual(optimizer, factor, key, value, shape)
+            continue
+        if isinstance(found, int) and not isinstance(found, bool):
             found = Rows(found)
         if isinstance(found, Rows):
             if (

@@ -15,9 +15,9 @@ def to_rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return tensor[:, None] if tensor.dim() == 1 else tensor.movedim(dim, 0).flatten(1)
 
 
-def from_rows(rows: torch.Tensor, dim: int, others: torch.Size) -> torch.Tensor:
-    """The view of `rows` that `to_rows` was given, with the sizes `others` in all other dimensions."""
-    if len(others) == 1:
+def from_rows(rows: torch.Tensor, dim: int, others: torch.Size | None) -> torch.Tensor:
+    """The view of `rows` that `to_rows` was given, with the sizes `others` in all other dimensions, or of two dimensions."""
+    if others is None:
         return rows if dim == 0 else rows.t()
     return rows.squeeze(1) if not others else rows.unflatten(1, others).movedim(0, dim)
 
@@ -29,7 +29,7 @@ def factor_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def is_range(rows: list[int]) -> bool:
     """Whether `rows` is 0, 1, …, len(rows) − 1."""
-    return all(row == i for i, row in enumerate(rows))
+    return rows == list(range(len(rows)))
 
 
 def is_prefix(rows: torch.Tensor, store: torch.Tensor) -> bool:
@@ -82,7 +82,7 @@ class Slot:
     optimizer: torch.optim.Optimizer | None = None
     key: str | None = None
     layout: Rows | Packed | None = None
-    others: torch.Size | None = None  # sizes of the dimensions that are not the ranks'
+    others: torch.Size | None = None  # sizes of the dimensions that are not the ranks', unless there is one
     rows: list[int] | None = None  # of `store`, that the new store is made of (−1: zeros); None: `store` itself will do
     drawn: torch.Tensor | None = None  # values of the new store's last rows
     packed: dict[str, torch.Tensor] | None = None  # new entries of a packed state
@@ -104,16 +104,14 @@ class Slot:
 
     def pack(self, parameter: torch.nn.Parameter, rank: int, moves: bool) -> None:
         """Make what a packed state becomes, beside the one that is."""
-        if isinstance(self.layout, Packed):
-            state = self.optimizer.state[parameter]
-            self.packed = self.layout.pack(state, self.key, self.active(rank)) if moves else {}
-            parked = parked_rows(self.store, rank)
-            self.tail = None if parked is None else Tail(rank, parked.clone())
+        state = self.optimizer.state[parameter]
+        self.packed = self.layout.pack(state, self.key, self.active(rank)) if moves else {}
+        parked = parked_rows(self.store, rank)
+        self.tail = None if parked is None else Tail(rank, parked.clone())
 
-    def add_fresh(self, parameter: torch.nn.Parameter, rows: list[int]) -> None:
-        """The last of `rows` were never there: they begin as the layout says."""
-        new = len(rows) - self.store.shape[0]
-        if new > 0 and isinstance(self.layout, Rows) and self.layout.fresh:
+    def add_fresh(self, parameter: torch.nn.Parameter, new: int) -> None:
+        """The last `new` rows were never there: they begin as the layout says, where that is not zero."""
+        if isinstance(self.layout, Rows) and self.layout.fresh:
             value = fresh_value(self.optimizer, parameter, self.layout)
             self.drawn = self.store.new_full((new, self.store.shape[1]), value)
 
@@ -131,5 +129,5 @@ def state_slot(factor: str, optimizer, key: str, value, layout: Rows | Packed, k
     rows = to_rows(value, dim)
     if not isinstance(kept, torch.Tensor) or not is_prefix(rows, kept):
         kept = rejoin(rows, parked_rows(kept, rank))
-    others = torch.Size(size for i, size in enumerate(value.shape) if i != dim)
+    others = None if value.dim() == 2 else value.shape[:dim] + value.shape[dim + 1 :]
     return Slot(factor, kept, optimizer, key, layout, others)

@@ -81,7 +81,8 @@ def _commit(plans: list[RankPlan]) -> None:
             slot.store, slot.rows = store, None
     for plan in plans:
         for slot in plan.slots:
-            slot.pack(plan.pair._parameters[slot.factor], plan.rank, plan.moves)
+            if isinstance(slot.layout, Packed):
+                slot.pack(plan.pair._parameters[slot.factor], plan.rank, plan.moves)
     for plan in plans:
         plan.assign()
 
@@ -182,8 +183,9 @@ class RankedPair(nn.Module):
     def _state_slots(self, name: str):
         parameter, rank = self._parameters[name], self.rank
         for optimizer, kept, key, value, layout in self._states(name):
-            state = optimizer.state[parameter]
-            yield state_slot(name, optimizer, key, value, layout, kept.get((name, key)), state, rank)
+            yield state_slot(
+                name, optimizer, key, value, layout, kept.get((name, key)), optimizer.state[parameter], rank
+            )
 
     def check_states(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raises: TypeError if a tracked optimizer, or the one given, keeps state that could not follow a rank change."""
@@ -228,7 +230,8 @@ class RankedPair(nn.Module):
                 rows = rows_of(held, rank if packed else capacity)
                 if rank > held and name == "lora_A" and slot.optimizer is None:
                     slot.drawn = uniform_rows(rank - held, width, generator)
-                slot.add_fresh(self._parameters[name], rows)
+                if len(rows) > held:
+                    slot.add_fresh(self._parameters[name], len(rows) - held)
                 slot.choose(rows, compact and not packed)
                 slots.append(slot)
             grad = self._parameters[name].grad

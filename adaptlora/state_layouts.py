@@ -69,12 +69,11 @@ def quantise(numbers: torch.Tensor, table: torch.Tensor, block: int) -> tuple[to
     """
     n = len(numbers)
     blocks = F.pad(numbers.float(), (0, -n % block)).view(-1, block)
-    negative = (blocks.amin(1).clamp(max=0) / table[0]).nan_to_num(
-        nan=0.0
-    )  # 0 / 0 where the table has no negative entry
+    # 0 / 0 where the table has no negative entry
+    negative = (blocks.amin(1).clamp(max=0) / table[0]).nan_to_num(nan=0.0)
     scale = torch.maximum(blocks.amax(1) / table[-1], negative)
     scaled = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True)
     return codes.to(torch.uint8).flatten()[:n], scale
 
 

@@ -450,6 +450,24 @@ def test_a_state_dict_takes_parked_rows_and_their_state_along():
         train_step(other, resumed)
 
 
+@pytest.mark.parametrize(("born", "known"), [(4, 4), (1, 2), (2, 2)])
+def test_parked_state_keeps_its_place_when_ranks_change_before_the_optimizer_has_any(born, known):
+    pair, optimizer = make_trained()
+    pair.narrow(2)
+    state = copy.deepcopy(pair.state_dict())
+    twin = make_pair(2, seed=9)
+    twin.load_state_dict(state)
+    twin.plan(born).commit()
+    other = OPTIMIZERS["adamw"](list(twin.parameters()))
+    twin.track(other)
+    train_step(twin, other)
+    twin.grow(6)
+    pair.grow(6)
+    found, expected = snapshot(twin, other), snapshot(pair, optimizer)
+    for key in expected.keys() - {(name, "data") for name in FACTORS}:
+        assert torch.equal(found[key][known:], expected[key][known:]) and not found[key][born:known].any()
+
+
 def test_a_state_dict_without_parked_rows_leaves_none():
     pair = make_pair()
     pair.narrow(2)
