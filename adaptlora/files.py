@@ -59,13 +59,16 @@ class temporary_file:
                 if _lock(self._handle) is not False and os.fstat(self._handle).st_nlink:
                     break
                 os.close(self._handle)
+            if fcntl is None:  # an open file cannot be renamed on Windows
+                os.close(self._handle)
         self.temporary = Path(name)
         return self.temporary
 
     def __exit__(self, kind, error, traceback) -> None:
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)
-        _unlock(self._handle)
+        if fcntl is not None:
+            _unlock(self._handle)
         if isinstance(error, OSError) and (named := _named(error, self.path)) is not error:
             raise named from error
 
@@ -126,8 +129,10 @@ def locked(folder: Path):
     Raises: TimeoutError (held for a minute by somebody else), FileNotFoundError.
     """
     try:
-        handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        handle = None
+    if handle is None:
         yield
         return
     try:
@@ -163,7 +168,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what `temporary_file(path)` of killed processes left; those of living ones are locked."""
+    """Remove what `temporary_file(path)` of killed processes left; those of living ones are locked. Without locks all stay."""
+    if fcntl is None:
+        return
     rule = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
     with suppress(OSError):
         for name in os.listdir(path.parent):
@@ -196,9 +203,8 @@ def _lock(handle: int) -> bool | None:
 
 def _unlock(handle: int) -> None:
     # Closing alone would leave the lock to a child that was forked meanwhile and holds the handle, too.
-    if fcntl is not None:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
 
 

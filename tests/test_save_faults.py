@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 
 import peft
 import pytest
@@ -271,3 +272,30 @@ def test_bytes_are_safetensors_own_and_the_same_every_time(tmp_path):
     assert all(
         (tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in os.listdir(tmp_path / "one")
     )
+
+
+def test_shearing_that_dies_anywhere_goes_on_to_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "matplotlib", None
+    )  # pictures take most of the time, and are written by `atomic_file`
+    adapter = adaptlora.attach(Net(), adaptlora.LoraConfig(r=3, target_modules=["second"]))
+    randomise(adapter)
+    adapter.save(tmp_path / "adapter")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def shear(folder):
+        adaptlora.shear_files(tmp_path / "adapter", folder, adaptlora.SVDConfig(rank=2), workers=1)
+
+    shear(whole)
+    for n in itertools.count(1):
+        if (done := in_child(functools.partial(killed, shear, out, n)) == 0) is False:
+            assert not out.exists() or state(out) in (None, state(whole)), n
+            shear(out)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes(), n
+        assert sorted(os.listdir(out)) == sorted(os.listdir(whole)), n
+        assert sorted(os.listdir(tmp_path)) == ["adapter", "out", "whole"], n
+        if done:
+            break
+        shutil.rmtree(out)
+    assert n > 20

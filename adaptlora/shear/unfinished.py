@@ -39,14 +39,14 @@ class Unfinished:
 
     def _begin(self, fingerprint: str) -> None:
         mark = self.folder / _FINGERPRINT
-        if self.folder.exists() and not (mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint):
+        if self.folder.exists() and not (mark.is_file() and mark.read_bytes() == fingerprint.encode()):
             names = [entry.name for entry in self.folder.iterdir()]
             started = mark.is_file() or not any(name.endswith(".safetensors") for name in names)
             if not started or not all(map(_OURS.match, names)):
                 raise ValueError(
                     f"shear: {self.folder} must be what an earlier run left, or absent, got other files in it"
                 )
-            shutil.rmtree(self.folder)
+            self.discard()
         if self.merged.exists():
             shutil.rmtree(self.merged)
         with atomic_file(mark) as file:
@@ -83,6 +83,9 @@ class Unfinished:
         return Sheared(module, stored["rank_before"], stored["facts"])
 
     def discard(self) -> None:
+        """Remove the folder, its mark last: what a kill leaves of it is still known to be ours."""
+        for file in self.folder.glob("*.safetensors"):
+            file.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
