@@ -15,15 +15,15 @@ def register_optimizer_state(optimizer_class: type, layout: Callable) -> None:
     """
     Say how the state of an optimizer follows the ranks; of subclasses too, unless they have a layout of their own.
 
-    Without one, a state tensor shaped like its parameter is one number for each element, and a tensor of one element is a scalar;
-    any other tensor, also in a list or dict, is refused before ranks change. Known besides: torch's and transformers' Adafactor,
-    bitsandbytes' and torchao's optimizers, and LBFGS, which cannot follow.
+    Without one, a state tensor shaped like its parameter is one number for each element, and a tensor of one element is a scalar (at
+    rank 1 only a 0-dim one, or "step"); any other tensor, also in a list or dict, is refused before ranks change. Known besides:
+    torch's and transformers' Adafactor, bitsandbytes' and torchao's optimizers, and LBFGS, which cannot follow.
 
     Args:
         optimizer_class: a subclass of torch.optim.Optimizer.
         layout: called as layout(factor, key, value, shape) for every entry `value = optimizer.state[parameter][key]` of a factor, which is
             "lora_A" of shape (R, K) or "lora_B" of shape (N, R); `shape` is that of the parameter now. It returns
-            - the dimension of the tensor `value` that runs over the ranks, an int, or `Rows(dim, fresh)`;
+            - the dimension of the tensor `value` that runs over the ranks, an int, or `Rows(dim, fresh)` (of this module, as `Packed`);
             - None for what has none: scalars, tables, statistics over the ranks, which stay as they are;
             - `Packed` for numbers that are stored in another form;
             - NotImplemented for the rule above.
