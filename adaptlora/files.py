@@ -9,25 +9,11 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .tensor_files import open_tensors, read_tensors
-
 try:
     import fcntl
 except ImportError:  # no such locks on Windows
     fcntl = None
 
-__all__ = [
-    "atomic_file",
-    "atomic_folder",
-    "locked",
-    "make_folder",
-    "open_tensors",
-    "publish",
-    "read_tensors",
-    "remove_leftovers",
-    "sync_folder",
-    "temporary_file",
-]
 _PATIENCE = 60.0  # seconds that anyone may hold a folder's lock: it takes milliseconds
 
 
