@@ -140,13 +140,17 @@ def test_resuming_lalora_equals_an_uninterrupted_run(stop, contribution, tmp_pat
     """Parked vectors and their optimizer state come back with the model's checkpoint; ranks go up and down after it."""
     fields = {"contribution": contribution, "fidelity": "previous", "temperature": 0.05}
     whole, resumed = make_lalora(**fields), make_lalora(**fields)
-    run_trainer(whole, tmp_path, save_strategy="steps", save_steps=1)
+    first = run_trainer(whole, tmp_path, save_strategy="steps", save_steps=1)
     assert any(rank < 6 for rank in whole.ranks().values())
-    run_trainer(resumed, tmp_path / "again", resume=tmp_path / f"checkpoint-{stop}")
+    second = run_trainer(resumed, tmp_path / "again", resume=tmp_path / f"checkpoint-{stop}")
     assert resumed.ranks() == whole.ranks() and resumed.method.state_dict() == whole.method.state_dict()
     for mine, expected in zip(resumed.layers.values(), whole.layers.values(), strict=True):
         assert all(map(torch.equal, mine.pair.whole(), expected.pair.whole()))
+        # Pairs hold optimizers weakly: these are alive.
+        assert mine.pair.optimizers == [second.optimizer.optimizer]
+        assert expected.pair.optimizers == [first.optimizer.optimizer]
         theirs = expected.pair.parked()
+        assert theirs.keys() == mine.pair.parked().keys()
         assert all(torch.equal(rows, theirs[key]) for key, rows in mine.pair.parked().items())
     for mine, expected in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, expected)
