@@ -195,7 +195,10 @@ def train_trainer(method: str, folder: Path, journal: Journal) -> dict[str, str]
     )  # fmt: skip
     callbacks = [Watch(journal), adapter.callback(), Sealed()]
     trainer = Trainer(adapter.model, arguments, train_dataset=examples(), callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=adaptlora.last_checkpoint(folder))
+    path = adaptlora.last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=path)
+    if path is not None and trainer.state.global_step == int(path.name.removeprefix("checkpoint-")):
+        trainer._load_rng_state(str(path))  # Trainer leaves it to the next batch, and there was none
     return digest(adapter, trainer.optimizer)
 
 
