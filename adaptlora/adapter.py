@@ -108,10 +108,15 @@ def load(model: nn.Module, path, *, progress=None) -> "Adapter":
         progress: as in `attach`.
     Returns: an Adapter with a LoraConfig, which trains on at fixed ranks, or with NoRA's; both save and merge.
     Raises: FileNotFoundError, ValueError (a file that is damaged, unsupported, or does not fit the model, or NoRA's for other base
-        weights); the model is unchanged then.
+        weights), TypeError (it names modules that are no linear layers); the model is unchanged then.
     """
     stored = io.read(path)
-    adapter = _attach(model, progress=progress, **stored.attach_options())
+    try:
+        adapter = _attach(model, progress=progress, **stored.attach_options())
+    except TypeError as error:
+        raise TypeError(f"load: {path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"load: {path}: {error}") from error
     try:
         adapter._fill(stored)
     except BaseException:
@@ -391,7 +396,8 @@ class Adapter:
 
     def save(self, path, *, format: str = "peft", fold_residual: bool = True, save_outer: bool = False) -> None:
         """
-        Write the adapter to the folder `path`, each file under a temporary name and renamed.
+        Write the adapter to the folder `path`, its files as one: whatever happens, the folder holds the old adapter or this one. Files that
+        are no adapter's are left alone.
 
         Args:
             format: "peft": `PeftModel.from_pretrained(base, path)` computes what this model computes; modules of rank 0 are left out,
@@ -399,7 +405,8 @@ class Adapter:
             fold_residual: of "peft" and NoRA with a residual: True adds what was taken out of the base as r more rank vectors, for
                 the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
             save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
-        Raises: ValueError (every rank is 0, another format, NoRA's for another method).
+        Raises: ValueError (every rank is 0, another format, NoRA's for another method), OSError (disk full, no such right, TimeoutError
+            where another process writes to the folder for long): the path is named.
         """
         if format == "peft":
             io.write(self, path, fold_residual=fold_residual)
