@@ -264,7 +264,7 @@ class Adapter:
     def penalty(self) -> torch.Tensor:
         """The method's term of the loss now: a 0-dim tensor, zero when there is none.  loss + penalty() is what trains."""
         term = self.method.penalty() if self._attached else None
-        return torch.zeros((), device=self.factors()[0].device) if term is None else term
+        return self.factors()[0].new_zeros(()) if term is None else term
 
     def step(self, loss=None) -> RankChange | None:
         """

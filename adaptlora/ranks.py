@@ -25,7 +25,7 @@ _PARKED = "parked."  # in a module's state_dict
 def uniform_rows(count: int, K: int, generator: torch.Generator | None) -> torch.Tensor:
     """`count` rows of PEFT's initial A: U(−1/√K, 1/√K), which is kaiming_uniform with a = √5; drawn on the CPU in float32."""
     bound = 1 / math.sqrt(K) if K else 0.0
-    return torch.empty(count, K, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    return torch.empty(count, K, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 @dataclasses.dataclass

@@ -106,7 +106,11 @@ def test_a_default_dtype_changes_nothing(config, dtype, tmp_path):
 def test_a_default_device_changes_nothing(config, tmp_path):
     """As where a user has set "cuda" and the model is elsewhere; "meta" is the device that shows every tensor made on it."""
     expected = life(config, tmp_path / "expected", Net(), *batch())
-    found = life(config, tmp_path / "found", Net(), *batch(), using=lambda: default_device("meta"))
+
+    def context():
+        return default_device("meta")
+
+    found = life(config, tmp_path / "found", Net(), *batch(), making=context, using=context)
     assert_same(found, expected)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 from collections.abc import Iterator
-from unittest import mock
 
 from torch import nn
 
@@ -36,6 +35,18 @@ def _compare_sizes(expression) -> bool:
 
 
 @contextlib.contextmanager
+def _in_place_of(module, name: str, function) -> Iterator[None]:
+    original = getattr(module, name, None)
+    if original is not None:  # else another version of torch, which does it in another way
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        if original is not None:
+            setattr(module, name, original)
+
+
+@contextlib.contextmanager
 def dynamic_ranks(adapted=None) -> Iterator[None]:
     """
     Within, torch.compile compiles for any rank: a model whose ranks change is compiled once, whatever they become.
@@ -52,6 +63,7 @@ def dynamic_ranks(adapted=None) -> Iterator[None]:
     """
     import torch._dynamo
     import torch._functorch._aot_autograd.graph_compile as graph_compile
+    import torch.compiler.config
     import torch.fx.experimental._config as shapes
 
     pairs = [] if adapted is None else _pairs(adapted)
@@ -60,7 +72,10 @@ def dynamic_ranks(adapted=None) -> Iterator[None]:
         stack.enter_context(shapes.patch(backed_size_oblivious=True, use_duck_shape=False))
         # torch 2.13 takes strides of activations that are sizes for others than inductor's own, unless it may look at an example,
         # and then compiles a backward pass for that one size.
-        stack.enter_context(mock.patch.object(graph_compile, "guard_or_true", _compare_sizes))
+        stack.enter_context(_in_place_of(graph_compile, "guard_or_true", _compare_sizes))
+        # torch keeps what it compiled on disk, by a key that knows nothing of all this.
+        tag = f"{torch.compiler.config.cache_key_tag} adaptlora.dynamic_ranks"
+        stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
         for pair in pairs:
             for name, dimension in zip(FACTORS, (0, 1), strict=True):
                 factor = getattr(pair, name)

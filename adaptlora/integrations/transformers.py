@@ -108,7 +108,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
             self._go_first(trainer.callback_handler.callbacks)
             if method.needs_loss():
                 self._watch_losses(trainer)
-        if args.torch_compile:
+        if args.torch_compile and method.needs_optimizer():
             self._training.enter_context(dynamic_ranks(self.adapter))
 
     def _go_first(self, callbacks: list) -> None:
