@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from .state_layouts import BUILT_IN, ELEMENTWISE, Packed, Refused, Rows
+from .state_layouts import BUILT_IN, COPY, ELEMENTWISE, SLOW_WEIGHTS, Packed, Refused, Rows
 
 _registered: dict[type, Callable] = {}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -16,8 +16,10 @@ def register_optimizer_state(optimizer_class: type, layout: Callable) -> None:
     Say how the state of an optimizer follows the ranks; of subclasses too, unless they have a layout of their own.
 
     Without one, a state tensor shaped like its parameter is one number for each element, and a tensor of one element is a scalar (at
-    rank 1 only a 0-dim one, or "step"); any other tensor, also in a list or dict, is refused before ranks change. Known besides:
-    torch's and transformers' Adafactor, bitsandbytes' and torchao's optimizers, and LBFGS, which cannot follow.
+    rank 1 only a 0-dim one, or "step"); any other tensor, also in a list or dict, is refused before ranks change. It begins with 0 for
+    a new rank: a copy of the parameter must be said to be one, `Rows(dim, fresh="parameter")`. Known besides: torch's and
+    transformers' Adafactor, bitsandbytes' and torchao's optimizers, the copies that schedule-free optimizers, MADGRAD, ASGD and
+    Lookahead keep, and LBFGS, which cannot follow.
 
     Args:
         optimizer_class: a subclass of torch.optim.Optimizer.
@@ -112,7 +114,10 @@ def entries(optimizer, factor: str, parameter: torch.Tensor) -> Iterator[tuple[s
         found = NotImplemented if layout is None else layout(factor, key, value, shape)
         if found is NotImplemented:
             same = isinstance(value, torch.Tensor) and value.shape == shape
-            yield key, value, elementwise if same else _usual(optimizer, factor, key, value, shape)
+            if not same:
+                yield key, value, _usual(optimizer, factor, key, value, shape)
+            else:
+                yield key, value, COPY[factor] if key in SLOW_WEIGHTS else elementwise
             continue
         if isinstance(found, int) and not isinstance(found, bool):
             found = Rows(found)
@@ -132,7 +137,7 @@ def entries(optimizer, factor: str, parameter: torch.Tensor) -> Iterator[tuple[s
 
 
 def fresh_value(optimizer, parameter: torch.Tensor, layout: Rows) -> float:
-    """What the state of a new rank begins with."""
+    """The number that the state of a new rank begins with."""
     if not isinstance(layout.fresh, str):
         return layout.fresh
     for group in optimizer.param_groups:

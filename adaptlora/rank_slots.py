@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from .optimizer_state import fresh_value
-from .state_layouts import Packed, Rows
+from .state_layouts import PARAMETER, Packed, Rows
 
 
 def to_rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -109,11 +109,29 @@ class Slot:
         parked = parked_rows(self.store, rank)
         self.tail = None if parked is None else Tail(rank, parked.clone())
 
-    def add_fresh(self, parameter: torch.nn.Parameter, new: int) -> None:
-        """The last `new` rows were never there: they begin as the layout says, where that is not zero."""
-        if isinstance(self.layout, Rows) and self.layout.fresh:
-            value = fresh_value(self.optimizer, parameter, self.layout)
-            self.drawn = self.store.new_full((new, self.store.shape[1]), value)
+    def begin(
+        self,
+        parameter: torch.nn.Parameter,
+        values: torch.Tensor,
+        new: int | None = None,
+        drawn: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """
+        What `new` rows that were never there (default: all of `values`) begin with, where that is not zero: as the layout says.
+
+        values: the factor's rows at their place, as far as it has any.   drawn: those that it gets behind them, None: zeros.
+        """
+        fresh, new = getattr(self.layout, "fresh", 0.0), len(values) if new is None else new
+        if not fresh:
+            return None
+        if fresh == PARAMETER:
+            rows, behind = values[:new], new - len(values)
+            if behind <= 0:
+                return rows.clone()
+            return torch.cat(
+                [rows, rows.new_zeros(behind, rows.shape[1]) if drawn is None else drawn[:behind].to(rows)]
+            )
+        return self.store.new_full((new, self.store.shape[1]), fresh_value(self.optimizer, parameter, self.layout))
 
 
 def state_slot(factor: str, optimizer, key: str, value, layout: Rows | Packed, kept, state: dict, rank: int) -> Slot:

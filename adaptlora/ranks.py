@@ -121,7 +121,7 @@ class RankedPair(nn.Module):
         if capacity < r:
             raise ValueError(f"RankedPair: capacity must be at least r={r}, got {capacity}")
         self._tracked = weakref.WeakKeyDictionary()
-        # parked state of an optimizer that is not tracked yet, by factor and key
+        # parked state whose active rows no tracked optimizer has yet, by factor and key
         self._waiting: dict[tuple[str, str], Tail] = {}
         self._stores = {
             "lora_A": uniform_rows(capacity, in_features, generator).to(device=device, dtype=dtype),
@@ -159,8 +159,7 @@ class RankedPair(nn.Module):
         stay as they are. Quantised state is packed anew: the same codes where the block is the same. See `register_optimizer_state`.
         """
         skip_empty_factors(optimizer)
-        self._tracked.setdefault(optimizer, {}).update(self._waiting)
-        self._waiting = {}
+        self._tracked.setdefault(optimizer, {})
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -180,12 +179,24 @@ class RankedPair(nn.Module):
                 if layout is not None:
                     yield optimizer, kept, key, value, layout
 
-    def _state_slots(self, name: str):
+    def _kept(self, kept: dict, name: str, key: str) -> torch.Tensor | Tail | None:
+        """What is kept of one state tensor. Parked rows that waited for it belong to its optimizer from now on."""
+        place = name, key
+        if self._waiting and place in self._waiting and place not in kept:
+            kept[place] = self._waiting.pop(place)
+        return kept.get(place)
+
+    def _state_slots(self, name: str, data: torch.Tensor):
         parameter, rank = self._parameters[name], self.rank
         for optimizer, kept, key, value, layout in self._states(name):
-            yield state_slot(
-                name, optimizer, key, value, layout, kept.get((name, key)), optimizer.state[parameter], rank
-            )
+            place = self._kept(kept, name, key)
+            slot = state_slot(name, optimizer, key, value, layout, place, optimizer.state[parameter], rank)
+            if isinstance(place, Tail) and rank < place.start <= slot.store.shape[0]:
+                # Ranks parked before the optimizer had any state, in front of those that had some before.
+                begin = slot.begin(parameter, data[rank : place.start])
+                if begin is not None:
+                    slot.store[rank : place.start].copy_(begin)
+            yield slot
 
     def check_states(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raises: TypeError if a tracked optimizer, or the one given, keeps state that could not follow a rank change."""
@@ -224,14 +235,16 @@ class RankedPair(nn.Module):
 
         slots, grads = [], {}
         for name in FACTORS:
-            for slot in (self._data_slot(name), *self._state_slots(name)):
+            data = self._data_slot(name)
+            values = data.store
+            for slot in (data, *self._state_slots(name, values)):
                 held, width = slot.store.shape
                 packed = isinstance(slot.layout, Packed)
                 rows = rows_of(held, rank if packed else capacity)
                 if rank > held and name == "lora_A" and slot.optimizer is None:
                     slot.drawn = uniform_rows(rank - held, width, generator)
-                if len(rows) > held:
-                    slot.add_fresh(self._parameters[name], len(rows) - held)
+                if len(rows) > held and slot.optimizer is not None:
+                    slot.drawn = slot.begin(self._parameters[name], values[held:], len(rows) - held, data.drawn)
                 slot.choose(rows, compact and not packed)
                 slots.append(slot)
             grad = self._parameters[name].grad
@@ -281,7 +294,7 @@ class RankedPair(nn.Module):
         state, features = optimizer.state.get(parameter, {}), factor_rows(name, parameter).shape[1]
         by_key, parked = {}, 0
         for key, value, layout in entries(optimizer, name, parameter):
-            place = kept.get((name, key))
+            place = self._kept(kept, name, key)
             if isinstance(layout, Packed):
                 tail = parked_rows(place, self.rank)
                 parked += 0 if tail is None else tail.nbytes
@@ -304,7 +317,7 @@ class RankedPair(nn.Module):
             store = self._data_slot(name).store
             if store.shape[0] > self.rank:
                 found[name] = store[self.rank :].clone()
-            kept_states = {(name, key): kept.get((name, key)) for _, kept, key, *_ in self._states(name)}
+            kept_states = {(name, key): self._kept(kept, name, key) for _, kept, key, *_ in self._states(name)}
             for (_, key), kept in {**self._waiting_of(name), **kept_states}.items():
                 rows = parked_rows(kept, self.rank)
                 if rows is not None:
@@ -333,7 +346,7 @@ class RankedPair(nn.Module):
     def park(self, parked: dict[str, torch.Tensor]) -> None:
         """
         Put rows from `parked()` behind the active ones, in the place of whatever was there. The state among them goes to the tracked
-        optimizers, or to the next one that is.  Raises: as `check_parked`; nothing has changed then.
+        optimizer that has the active rows of it, now or later.  Raises: as `check_parked`; nothing has changed then.
         """
         self.check_parked(parked)
         for name in FACTORS:
@@ -344,8 +357,7 @@ class RankedPair(nn.Module):
         states = {tuple(key.split(".", 1)): Tail(self.rank, rows) for key, rows in parked.items() if key not in FACTORS}
         for stores in self._tracked.values():
             stores.clear()
-            stores.update(states)
-        self._waiting = {} if self._tracked else states
+        self._waiting = states
 
     def _apply(self, fn, recurse=True):
         stores = {name: self._data_slot(name).store for name in FACTORS}

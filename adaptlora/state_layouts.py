@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 RANK_DIM = {"lora_A": 0, "lora_B": 1}
+PARAMETER = "parameter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Rows:
     """
     A state tensor whose dimension `dim` runs over the ranks, one entry for each.
 
-    fresh: what a rank that was never there begins with: a number, or the name of an option of its parameter group.
+    fresh: what a rank that was never there begins with: a number, the name of an option of its parameter group, or "parameter" for
+        the factor's own values, of which the state is a copy or a mean (slow weights, say).
     """
 
     dim: int
@@ -38,6 +40,11 @@ class Packed:
 
 
 ELEMENTWISE = {factor: Rows(dim) for factor, dim in RANK_DIM.items()}
+COPY = {factor: Rows(dim, fresh=PARAMETER) for factor, dim in RANK_DIM.items()}
+# Lookahead's slow weights, by the names its versions have for them; timm's keeps them in the state of the optimizer inside.
+SLOW_WEIGHTS = {
+    "lookahead_slow_buff", "slow_buffer", "slow_param", "slow_params", "slow_weight", "slow_weights", "cached_params"
+}  # fmt: skip
 
 
 def adafactor(factor: str, key: str, value, shape):
@@ -55,6 +62,15 @@ def rprop(factor: str, key: str, value, shape):
 
 def adagrad(factor: str, key: str, value, shape):
     return Rows(RANK_DIM[factor], fresh="initial_accumulator_value") if key == "sum" else NotImplemented
+
+
+def copies(*keys: str) -> Callable:
+    """Layout of an optimizer that keeps a copy, or a mean, of the parameter itself under these keys."""
+
+    def layout(factor: str, key: str, value, shape):
+        return COPY[factor] if key in keys else NotImplemented
+
+    return layout
 
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor, block: int) -> torch.Tensor:
@@ -161,12 +177,21 @@ class Refused:
     reason: str
 
 
+_SCHEDULE_FREE = [
+    f"{name}ScheduleFree{kind}" for name in ("AdamW", "RAdam", "SGD") for kind in ("", "Closure", "Paper", "Reference")
+]
+_MADGRAD = [(package, "MADGRAD") for package in ("madgrad", "timm", "torch_optimizer", "pytorch_optimizer")]
+
 # By package and class name, so that the packages stay optional.
 BUILT_IN = {
     ("torch", "Adafactor"): adafactor,
     ("transformers", "Adafactor"): adafactor,
     ("torch", "Rprop"): rprop,
     ("torch", "Adagrad"): adagrad,
+    ("torch", "ASGD"): copies("ax"),
+    **{("schedulefree", name): copies("x", "y", "z") for name in _SCHEDULE_FREE},
+    **{("pytorch_optimizer", f"ScheduleFree{name}"): copies("z") for name in ("AdamW", "RAdam", "SGD")},
+    **{place: copies("x0") for place in (*_MADGRAD, ("madgrad", "MirrorMADGRAD"))},
     ("bitsandbytes", "Optimizer8bit"): bitsandbytes,
     ("torchao", "_AdamBase"): torchao,
     ("torch", "LBFGS"): Refused("it keeps flat vectors over all parameters"),

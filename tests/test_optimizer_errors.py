@@ -288,7 +288,7 @@ class Lookahead(torch.optim.Optimizer):
         self.optimizer.step(closure)
         for group in self.param_groups:
             for p in group["params"]:
-                slow = self.state[p].setdefault("slow", p.detach().clone())
+                slow = self.state[p].setdefault("slow_param", p.detach().clone())
                 p.data.copy_(slow.lerp_(p.detach(), 0.5))
 
 
@@ -304,14 +304,14 @@ def test_a_wrapper_with_state_of_its_own_follows_too():
         adapter.step(1.0)
     assert sum(adapter.ranks().values()) == 4
     for p in adapter.factors():
-        assert outer.state[p]["slow"].shape == inner.state[p]["exp_avg"].shape == p.shape
+        assert outer.state[p]["slow_param"].shape == inner.state[p]["exp_avg"].shape == p.shape
 
 
 def test_a_wrappers_state_that_cannot_follow_is_refused():
     adapter = normal()
     outer = Lookahead(torch.optim.AdamW(adapter.parameters(), lr=0.01))
-    outer.state[adapter.factors()[0]]["slow"] = [torch.zeros(2)]
-    with pytest.raises(TypeError, match="Lookahead keeps 'slow' of type list"):
+    outer.state[adapter.factors()[0]]["slow_param"] = [torch.zeros(2)]
+    with pytest.raises(TypeError, match="Lookahead keeps 'slow_param' of type list"):
         adapter.track(outer)
 
 
@@ -333,3 +333,59 @@ def test_a_failure_in_one_module_leaves_all_as_they_were(name):
     with pytest.raises(TypeError, match="second: rank change: .*RowMeans"):
         commit_ranks({"first": good, "second": bad}, {"first": 2, "second": 2}, compact=True)
     assert_same(good, optimizer, whole, other)
+
+
+def two_optimizers(adapter):
+    first, second = (list(layer.pair.parameters()) for layer in adapter.layers.values())
+    both = [torch.optim.SGD(first, lr=0.1, momentum=0.9), torch.optim.AdamW(second, lr=0.01)]
+    return both, both, lambda: [optimizer.step() for optimizer in both]
+
+
+def lookahead(adapter):
+    inner = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    outer = Lookahead(inner)
+    return [outer], [inner, outer], outer.step
+
+
+@pytest.mark.parametrize("load_first", [False, True])
+@pytest.mark.parametrize("build", [two_optimizers, lookahead])
+def test_parked_state_comes_back_to_the_optimizer_that_had_it(build, load_first):
+    """A run that resumes with parked rows is the run that never stopped, whichever is first: `track` or `load_state_dict`."""
+
+    def make():
+        config = adaptlora.LaLoRAConfig(r=6, gamma=0.0, group_by="module", **TARGETS)
+        adapter = adaptlora.attach(Net(torch.float64), config)
+        return adapter, *build(adapter)
+
+    def run(cut_at=None):
+        adapter, tracked, optimizers, step = make()
+        for optimizer in tracked:
+            adapter.track(optimizer)
+        for t, budget in enumerate((4.0, 12.0, 3.0, 12.0, 12.0, 6.0)):
+            if t == cut_at:
+                state, states = copy.deepcopy(adapter.state_dict()), copy.deepcopy([o.state_dict() for o in optimizers])
+                assert any(state["parked"].values())
+                adapter, tracked, optimizers, step = make()
+                if load_first:
+                    adapter.load_state_dict(state)
+                for optimizer in tracked:
+                    adapter.track(optimizer)
+                if not load_first:
+                    adapter.load_state_dict(state)
+                for optimizer, stored in zip(optimizers, states, strict=True):
+                    optimizer.load_state_dict(stored)
+                kept = adapter.state_dict()["parked"]
+                assert all(
+                    torch.equal(kept[n][key], rows) for n, had in state["parked"].items() for key, rows in had.items()
+                )
+            task_loss(adapter.model, dtype=torch.float64, seed=t).backward()
+            step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            adapter.method.budget = budget
+            adapter.step()
+        return adapter
+
+    whole, resumed = run(), run(cut_at=3)
+    assert whole.ranks() == resumed.ranks()
+    assert all(map(torch.equal, whole.factors(), resumed.factors()))
