@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .files import locked, make_folder, publish, remove_leftovers, sync_folder, temporary_file
+from .files import locked, make_folder, remove_leftovers, sync_file, sync_folder, temporary_file
 from .tensor_files import save_file
 
 FILES = (
@@ -45,12 +45,12 @@ def write(folder: Path, weights: str, tensors: dict, texts: dict[str, str], meta
     with contextlib.ExitStack() as stack:
         new = stack.enter_context(temporary_file(folder / weights))
         save_file(tensors, new, metadata)
-        publish(new)
+        sync_file(new)
         temporaries = {}
         for name, text in texts.items():
             temporaries[name] = stack.enter_context(temporary_file(folder / name))
             temporaries[name].write_bytes(text.encode())
-            publish(temporaries[name])
+            sync_file(temporaries[name])
         with locked(folder):
             _finish(folder)
             try:

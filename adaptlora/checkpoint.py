@@ -21,7 +21,7 @@ from .checkpoint_files import (
     write_manifest,
 )
 from .encoding import decode, encode
-from .files import atomic_folder, locked
+from .files import LEFTOVER, atomic_folder, locked
 from .integrations import trainer_checkpoint
 from .tensor_files import read_tensors, save_file
 from .training_state import TrainingState
@@ -30,8 +30,8 @@ STATE = "state.json"
 TENSORS = "tensors.safetensors"
 _FIELDS = {"step", "versions", "config", "adapter", "others", "optimizer", "random", "extra"}
 _PARTS = {"scheduler", "scaler"}
-# What a killed save leaves: a folder being written (mkdtemp's eight characters), one being removed, one that was to be replaced.
-_LEFT = re.compile(r"\.checkpoint-\d+\.([a-z0-9_]{8}|dropped|kept)")
+# What a killed save leaves: a folder being written, one being removed, one that was to be replaced.
+_LEFT = re.compile(rf"\.checkpoint-\d+\.({LEFTOVER}|dropped|kept)")
 _ADVICE = "adaptlora.last_checkpoint(folder) finds the latest whole one"
 
 

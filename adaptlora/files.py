@@ -3,8 +3,8 @@
 import errno
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +15,9 @@ except ImportError:  # no such locks on Windows
     fcntl = None
 
 _PATIENCE = 60.0  # seconds that anyone may hold a folder's lock: it takes milliseconds
+_OLD = 24 * 3600.0  # seconds after which a file that no lock vouches for is a dead process's
+_LOCK = ".adaptlora-lock"
+LEFTOVER = r"[0-9a-f]{16}\.adaptlora-tmp"  # what stands behind `.<name>.` in a temporary's name
 
 
 def make_folder(path: Path) -> None:
@@ -40,14 +43,14 @@ class temporary_file:
         make_folder(self.path.parent)
         with _naming(self.path):
             while True:
-                self._handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+                self.temporary = _beside(self.path)
+                self._handle = os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
                 # Whoever removes leftovers may have come between the two.
                 if _lock(self._handle) is not False and os.fstat(self._handle).st_nlink:
                     break
                 os.close(self._handle)
             if fcntl is None:  # an open file cannot be renamed on Windows
                 os.close(self._handle)
-        self.temporary = Path(name)
         return self.temporary
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -69,7 +72,7 @@ class atomic_file(temporary_file):
         try:
             if kind is None:
                 with _naming(self.path):
-                    publish(self.temporary)
+                    sync_file(self.temporary)
                     os.replace(self.temporary, self.path)
                     sync_folder(self.path.parent)
                 remove_leftovers(self.path)
@@ -88,7 +91,8 @@ class atomic_folder:
 
     def __enter__(self) -> Path:
         make_folder(self.path.parent)
-        self.temporary = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
+        self.temporary = _beside(self.path)
+        self.temporary.mkdir()
         return self.temporary
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -96,10 +100,9 @@ class atomic_folder:
             if kind is None:
                 for file in (*self.temporary.rglob("*"), self.temporary):
                     if file.is_file():
-                        _sync(file)
+                        sync_file(file)
                     elif file.is_dir():
                         sync_folder(file)
-                self.temporary.chmod(0o777 & ~_umask())
                 os.replace(self.temporary, self.path)
                 sync_folder(self.path.parent)
         finally:
@@ -109,33 +112,68 @@ class atomic_folder:
 @contextmanager
 def locked(folder: Path):
     """
-    No other `locked` block for this folder runs meanwhile, in whatever thread or process. Where the platform or the file system
-    has no locks, or the folder may not be opened, the block runs without.
+    with locked(folder) as alone: no other such block for this folder runs meanwhile, in whatever thread or process.
 
+    alone: False where the platform or the file system has no locks, or the folder may not be opened: the block runs all the same.
     Raises: TimeoutError (held for a minute by somebody else), FileNotFoundError.
     """
+    handle = _patiently(folder, _try_folder) if fcntl is not None else None
+    file = None
+    if handle is None and fcntl is not None:  # NFS locks only what is open for writing, which a folder cannot be
+        file = folder / _LOCK
+        handle = _patiently(folder, _try_file)
     try:
-        handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        handle = None
-    if handle is None:
-        yield
-        return
-    try:
-        deadline = time.monotonic() + _PATIENCE
-        while _lock(handle) is False:
-            if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, f"locked by another process for {_PATIENCE:g} s", str(folder))
-            time.sleep(0.002)
-        yield
+        yield handle is not None
     finally:
+        if handle is not None:
+            if file is not None:
+                file.unlink(missing_ok=True)
+            _unlock(handle)
+
+
+def _patiently(folder: Path, attempt) -> int | None:
+    """The handle by which `attempt(folder)` came to hold the lock; None where there is none to hold."""
+    deadline = time.monotonic() + _PATIENCE
+    while (handle := attempt(folder)) is False:
+        if time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, f"locked by another process for {_PATIENCE:g} s", str(folder))
+        time.sleep(0.002)
+    return handle
+
+
+def _try_folder(folder: Path) -> int | bool | None:
+    try:
+        return _hold(os.open(folder, os.O_RDONLY))
+    except PermissionError:
+        return None
+
+
+def _try_file(folder: Path) -> int | bool | None:
+    try:
+        handle = _hold(os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666))
+    except OSError:
+        return None
+    if handle is None:
+        (folder / _LOCK).unlink(missing_ok=True)
+    elif handle is not False and not os.fstat(handle).st_nlink:  # whoever held it before has removed it
         _unlock(handle)
+        return False
+    return handle
 
 
-def publish(temporary: Path) -> None:
-    """What must happen to a file of `mkstemp` before it gets its name: the mode of a new file, and its bytes on disk."""
-    temporary.chmod(0o666 & ~_umask())
-    _sync(temporary)
+def _hold(handle: int) -> int | bool | None:
+    """`handle`, locked; else closed, and False (somebody else's) or None (there are no locks here)."""
+    held = _lock(handle)
+    if held:
+        return handle
+    os.close(handle)
+    return held
+
+
+def sync_file(file: Path) -> None:
+    """A file's bytes on disk, which must be there before the file gets its name."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -154,24 +192,33 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what `temporary_file(path)` of killed processes left; those of living ones are locked. Without locks all stay."""
-    if fcntl is None:
-        return
-    rule = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    """Remove what `temporary_file(path)` of killed processes left: those of living ones are locked, or without locks younger than a day."""
+    rule = re.compile(rf"\.{re.escape(path.name)}\.{LEFTOVER}")
     with suppress(OSError):
         for name in os.listdir(path.parent):
             if rule.fullmatch(name):
                 _remove_unlocked(path.with_name(name))
 
 
+def is_old(file: Path) -> bool:
+    """Whether a file is from another day: whoever was about to rename it is dead."""
+    return time.time() - file.stat().st_mtime > _OLD
+
+
 def _remove_unlocked(file: Path) -> None:
     with suppress(OSError):
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        handle = os.open(file, os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
         try:
-            if _lock(handle):
+            held = _lock(handle)
+            if held or (held is None and is_old(file)):
                 file.unlink()
         finally:
             _unlock(handle)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody has, and that nobody else would give: the kernel applies the umask to what is created under it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.adaptlora-tmp")
 
 
 def _lock(handle: int) -> bool | None:
@@ -190,7 +237,8 @@ def _lock(handle: int) -> bool | None:
 def _unlock(handle: int) -> None:
     # Closing alone would leave the lock to a child that was forked meanwhile and holds the handle, too.
     with suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
 
 
@@ -210,14 +258,3 @@ def _named(error: OSError, path: Path) -> OSError:
     if error.errno is None or any(not Path(name).name.startswith(f".{path.name}.") for name in about[:1]):
         return error
     return OSError(error.errno, error.strerror, str(path))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

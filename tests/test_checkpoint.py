@@ -229,13 +229,19 @@ def test_what_killed_saves_left_is_removed_and_what_they_replaced_put_back(tmp_p
     adapter, optimizer = plain()
     path = adaptlora.save_checkpoint(tmp_path, adapter, optimizer, step=3)
     path.rename(tmp_path / ".checkpoint-3.kept")
-    for name in (".checkpoint-4.ab_12cde", ".checkpoint-1.dropped", ".checkpoint-mine", ".other"):
+    for name in (
+        f".checkpoint-4.{16 * 'a'}.adaptlora-tmp",
+        ".checkpoint-4.original",
+        ".checkpoint-1.dropped",
+        ".checkpoint-mine",
+        ".other",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     assert adaptlora.last_checkpoint(tmp_path) == path
     adaptlora.save_checkpoint(tmp_path, adapter, optimizer, step=4)
     names = sorted(entry.name for entry in tmp_path.iterdir())
-    assert names == [".checkpoint-mine", ".other", "checkpoint-3", "checkpoint-4"]
+    assert names == [".checkpoint-4.original", ".checkpoint-mine", ".other", "checkpoint-3", "checkpoint-4"]
 
 
 def test_no_checkpoint(tmp_path):

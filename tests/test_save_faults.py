@@ -24,7 +24,7 @@ from adaptlora import adapter_folder, io, lora_files, nora_files, tensor_files
 from adaptlora.rank_history import RankHistory
 
 KINDS = ["history", "nora", "nora, then peft", "peft, then nora", "shear", "kohya"]
-DISK = [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "chmod"), (tensor_files, "open")]
+DISK = [(os, "replace"), (os, "fsync"), (os, "unlink"), (tensor_files, "open")]
 
 
 def plain(i):
@@ -237,7 +237,8 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     from adaptlora.files import temporary_file
 
     assert in_child(lambda: (temporary_file(tmp_path / "adapter_model.safetensors").__enter__(), os._exit(0))) == 0
-    foreign = [".adapter_model.safetensors.bak", ".adapter_config.json.swp", ".tmpab12cd"]
+    assert os.listdir(tmp_path)[0].endswith(".adaptlora-tmp")
+    foreign = [".adapter_model.safetensors.bak_0001", ".adapter_config.json.original", ".tmpab12cd"]
     for name in foreign:
         (tmp_path / name).touch()
     assert len(os.listdir(tmp_path)) == 4

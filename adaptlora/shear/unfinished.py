@@ -9,13 +9,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..files import atomic_file
+from ..files import LEFTOVER, atomic_file
 from ..tensor_files import save_file
 from .base import Sheared
 
 _FINGERPRINT = "fingerprint"
 _OURS = re.compile(
-    r"\.?(\d+\.safetensors|fingerprint|merged)(\.[^.]+)?$"
+    rf"\.?(\d+\.safetensors|fingerprint|merged)(\.{LEFTOVER})?$"
 )  # with what a kill leaves of files being written
 
 
