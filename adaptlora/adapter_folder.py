@@ -73,7 +73,7 @@ class settled:
     """
     with settled(folder) as files: no save of ours changes the folder meanwhile, and what a killed one left is finished.
 
-    files.path(name): where the file is, or would be.   files.has(name).
+    files.path(name): where the file is, or would be.   files.has(name).   files.belongs(name): whether the weights say that they have it.
     In a folder that cannot be written, a file that waits is taken from where it is.
     Raises: TimeoutError (another process holds the folder's lock), OSError.
     """
@@ -97,6 +97,9 @@ class settled:
 
     def has(self, name: str) -> bool:
         return self._waiting[name] is not None if name in self._waiting else (self.folder / name).exists()
+
+    def belongs(self, name: str) -> bool:
+        return any(found == name and digest != _GONE for found, digest in _meant(self.folder))
 
 
 def _let_wait(folder: Path, digests: dict[str, str], temporaries: dict[str, Path]) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from . import adapter_folder, nora_files
 from .config import LoraConfig
 from .lora_files import peft, peft_config
+from .nora_files import check_finite
 
 __all__ = ["StoredAdapter", "check_fits", "check_pair", "check_saved", "read", "write"]
 
@@ -100,7 +100,9 @@ def read(path) -> "StoredAdapter | nora_files.StoredNoRA":
     """Read an adapter folder, PEFT's or NoRA's own.  Raises: FileNotFoundError, ValueError that says what is wrong with which file."""
     path = Path(path)
     with adapter_folder.settled(path) as files:
-        nested = files.has(nora_files.CONFIG_FILE)
+        # No save of ours leaves both: where PEFT's files lie beside NoRA's, somebody has saved with PEFT since.
+        peft_too = files.has(peft.CONFIG_FILE) and files.has(peft.WEIGHTS_FILE)
+        nested = files.has(nora_files.CONFIG_FILE) and not peft_too
         found = (nora_files if nested else peft).read_files(files, "load")
     if nested:
         return nora_files.parse(path, *found)
@@ -136,7 +138,11 @@ def _peft_config(adapter, ranks: dict[str, int]) -> dict:
     config = adapter.config
     if not ranks:
         raise ValueError("save: at least one module must have a rank above 0, got 0 everywhere")
-    alphas = {name: adapter.layers[name].scaling / config.scaling(rank, 1.0) for name, rank in ranks.items()}
+    alphas = {
+        name: peft_config.alpha_for({"use_rslora": config.use_rslora}, adapter.layers[name].scaling, rank)
+        for name, rank in ranks.items()
+        if adapter.layers[name].scaling != config.scaling(rank, config.lora_alpha)
+    }
     r = config.r if config.r in ranks.values() else Counter(ranks.values()).most_common(1)[0][0]
     others = [name for name, _ in adapter.model.named_modules() if name not in ranks]
     model_config = getattr(adapter.model, "config", None)
@@ -150,14 +156,7 @@ def _peft_config(adapter, ranks: dict[str, int]) -> dict:
         "target_modules": peft_config.target_modules(list(ranks), others),
         "modules_to_save": list(adapter.saved) or None,
         "rank_pattern": peft_config.pattern({name: rank for name, rank in ranks.items() if rank != r}, ranks),
-        "alpha_pattern": peft_config.pattern(
-            {
-                name: alpha
-                for name, alpha in alphas.items()
-                if not math.isclose(alpha, config.lora_alpha, rel_tol=1e-12)
-            },
-            ranks,
-        ),
+        "alpha_pattern": peft_config.pattern(alphas, ranks),
         "use_rslora": config.use_rslora,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
         "bias": config.bias,
@@ -179,6 +178,7 @@ HISTORY_FILE = "rank_history.json"
 
 def write(adapter, path, *, fold_residual: bool = True) -> None:
     """Write an Adapter as a PEFT adapter folder; see `Adapter.save`."""
+    check_finite(adapter)
     tensors, ranks = {}, {}
     for name, layer in adapter.layers.items():
         lora_A, lora_B = layer.effective_factors()

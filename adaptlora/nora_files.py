@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import adapter_folder
 from .config import NoRAConfig
+from .lora_files.base import DTYPES, check_numbers
+from .methods.base import NonFiniteError
 from .methods.nora import StoredOuter, probe
 from .nn import Outer
 from .targets import check_expressions
@@ -46,8 +48,24 @@ class StoredNoRA:
         return {"config": self.config, "stored": self.outer}
 
 
+def check_finite(adapter) -> None:
+    """Raises: NonFiniteError if a factor, or a parameter of modules_to_save, is NaN or infinite: it names the module."""
+    parts = [
+        (f"{name}: {factor}", getattr(layer, factor)) for name, layer in adapter.layers.items() for factor in _INNER
+    ]
+    for name, module in adapter.saved.items():
+        parts += [(f"{name}: {key}", parameter) for key, parameter in module.named_parameters()]
+    for where, tensor in parts:
+        if tensor.dtype in DTYPES and not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"save: {where} must be finite, got NaN or infinity: nothing was written (go on from a checkpoint before it, with a "
+                "lower learning rate or clipped gradients)"
+            )
+
+
 def write(adapter, path, *, save_outer: bool) -> None:
     """Write a NoRA adapter to the folder `path`, its files as one; see `Adapter.save`."""
+    check_finite(adapter)
     tensors: dict[str, Tensor] = {}
     modules = {}
     for name, layer in adapter.layers.items():
@@ -96,8 +114,7 @@ def parse(path: Path, content: dict, tensors: dict[str, Tensor], metadata: dict[
         name, _, part = key.rpartition(".")
         if name not in parts or part not in _PARTS:
             raise ValueError(f"load: {weights}: tensors must belong to the modules of {CONFIG_FILE}, got {key!r}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"load: {weights}: {key} must hold finite floating-point numbers, got {tensor.dtype}")
+        check_numbers("load", weights, key, tensor)
         parts[name][part] = tensor
     outers, probes, weightings, factors = {}, {}, {}, {}
     for name, found in parts.items():

@@ -9,7 +9,7 @@ from . import adapter_folder
 from .io import HISTORY_FILE
 from .text_files import read_json
 
-_MOST_CELLS = 1 << 28
+_MOST_CELLS = 1 << 24
 _MOST = 1 << 31  # of ranks and steps
 _MOST_BYTES = 1 << 30  # a change of rank takes some 15 bytes, and La-LoRA may make one in each group at each step
 
@@ -58,9 +58,9 @@ class RankHistory:
 
     @classmethod
     def read(cls, folder: str | Path) -> "RankHistory | None":
-        """The history in an adapter's folder; None where there is none.  Raises: ValueError (a damaged file)."""
+        """The history in an adapter's folder; None where there is none that its weights know of.  Raises: ValueError (a damaged file)."""
         with adapter_folder.settled(Path(folder)) as files:
-            if not files.has(HISTORY_FILE):
+            if not files.has(HISTORY_FILE) or not files.belongs(HISTORY_FILE):
                 return None
             file = files.path(HISTORY_FILE)
             try:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import Net, randomise, task_loss
 from safetensors.torch import load_file, save_file
-from test_save_faults import in_child, plain, state
+from test_save_faults import grown, in_child, plain, state
 
 import adaptlora
 from adaptlora import lora_files
@@ -198,8 +198,8 @@ KINDS = {
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "rank_history.json"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_of_the_wrong_kind(kind, name, tmp_path):
-    plain(0).save(tmp_path)
-    (tmp_path / name).unlink(missing_ok=True)
+    (grown if name == "rank_history.json" else plain)(0).save(tmp_path)
+    (tmp_path / name).unlink()
     KINDS[kind](tmp_path / name)
     readers = [inspect_adapter]
     if name != "rank_history.json":

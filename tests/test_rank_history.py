@@ -19,6 +19,11 @@ def test_table_average_and_final_ranks_by_hand():
     assert history.final_ranks() == {"h.0.q": 2, "h.0.k": 2, "h.1.q": 1}
 
 
+def test_a_table_that_would_fill_the_memory_is_refused():
+    with pytest.raises(ValueError, match="few enough for a table of 16777216 ranks, got 8388608"):
+        RankHistory(**HAND | {"steps": 1 << 23}).table()
+
+
 def test_several_changes_of_a_group_in_one_step_and_none_at_all():
     twice = RankHistory(**HAND | {"changes": [[2, 0, 5], [2, 0, 4]]})
     assert twice.table()[0].tolist() == [1, 1, 4, 4, 4]

@@ -186,6 +186,14 @@ def split_supported(op: str, file: Path, parts: dict, reason, *, skip: bool) -> 
     return {name: keys for name, keys in parts.items() if name not in reasons}, reasons
 
 
+def check_numbers(op: str, file: Path, where: str, tensor: Tensor, allowed=DTYPES) -> None:
+    """Raises: ValueError (another dtype, NaN, infinity)."""
+    known = tensor.dtype in allowed  # torch cannot tell whether numbers of 8 bits are finite
+    if not known or not tensor.isfinite().all():
+        got = "NaN or infinity" if known else tensor.dtype
+        raise ValueError(f"{op}: {file}: {where} must hold finite floating-point numbers of 16 bits or more, got {got}")
+
+
 def pair(op: str, file: Path, name: str, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     (lora_A (R, K), lora_B (N, R), bias (N,) or None) of one module; a convolution's kernel (R, C_in, kh, kw) is flattened.
@@ -201,9 +209,5 @@ def pair(op: str, file: Path, name: str, found: dict[str, Tensor]) -> tuple[Tens
     if not fits or shapes.get("bias", shape_B[:1]) != shape_B[:1]:
         raise ValueError(f"{op}: {file}: {name} must hold lora_A (R, K) and lora_B (N, R) of one rank, got {shapes}")
     for part, tensor in found.items():
-        allowed = (*DTYPES, *_INTEGERS) if part == "alpha" else DTYPES
-        if tensor.dtype not in allowed or not tensor.isfinite().all():
-            raise ValueError(
-                f"{op}: {file}: {name}: {part} must hold finite floating-point numbers of 16 bits or more, got {tensor.dtype}"
-            )
+        check_numbers(op, file, f"{name}: {part}", tensor, (*DTYPES, *_INTEGERS) if part == "alpha" else DTYPES)
     return found["lora_A"].flatten(1), found["lora_B"].flatten(1), found.get("bias")
