@@ -53,6 +53,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self.log_modules = log_modules
         self._losses = []
         self._refused = 0
+        self._unsaved = False  # whether a warning has said that weights are not finite
         self._scale: float | None = None  # a GradScaler's, before the optimizer's step
         self._training = contextlib.ExitStack()  # what is set up for the time of a training
         # Trainer's constructor refuses quantised models that have no adapter of PEFT's; after it nothing asks.
@@ -103,6 +104,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self.adapter.track(optimizer)
         self._losses.clear()
         self._refused = 0
+        self._unsaved = False
         trainer = _running_trainer()
         if trainer is not None:
             self._go_first(trainer.callback_handler.callbacks)
@@ -183,8 +185,16 @@ class AdapterCallback(TrainerCallback, ExportableState):
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            self.adapter.save(folder / ADAPTER_FOLDER)
+            self._save_adapter(folder / ADAPTER_FOLDER)
         trainer_checkpoint.seal(folder, first=state.is_world_process_zero)
+
+    def _save_adapter(self, folder: Path) -> None:
+        try:
+            self.adapter.save(folder)
+        except NonFiniteError as error:
+            if not self._unsaved:
+                warnings.warn(f"Trainer: no {folder} was written, weights are not finite: {error}", stacklevel=3)
+            self._unsaved = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self._training.close()
