@@ -12,6 +12,8 @@ from . import io, nora_files
 from .config import LoraConfig
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear, Outer
+from .optimizer_state import check_optimizer
+from .optimizer_wrappers import check_attributes, held_parameters, nested, unwrap
 from .ranks import FACTORS, commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
 
@@ -143,20 +145,9 @@ def _check_outer_state(layer, state: dict) -> None:
 
 
 def _unwrapped(optimizer) -> list:
-    """
-    The optimizer that makes the steps, last, after those around it that keep state of their own (Lookahead's slow weights): wrappers,
-    accelerate's among them, may be optimizers by class and hold another one.
-    """
-    found = []
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            if optimizer.param_groups is not inner.param_groups:
-                break
-            own = getattr(optimizer, "state", None)
-            if own is not None and own is not getattr(inner, "state", None):
-                found.append(optimizer)
-        optimizer = inner
-    return [*found, optimizer]
+    """Those around others that keep state of their own, then those that make the steps."""
+    around, stepping = unwrap(optimizer)
+    return [*around, *stepping]
 
 
 def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
@@ -219,29 +210,47 @@ class Adapter:
         Make the optimizer's state follow the ranks. Needed by every method that changes ranks or shrinks vectors.
 
         Args:
-            optimizer: torch optimizer (or a wrapper with `.optimizer`, as accelerate's) over `parameters()`. Held weakly. What its state
-                is need not be said for most: see `register_optimizer_state`.
+            optimizer: torch optimizer (or a wrapper of one, as accelerate's, Lookahead, SAM: what is inside is tracked, and the
+                wrapper if it keeps state of its own) over `parameters()`. Held weakly. What its state is need not be said for most: see
+                `register_optimizer_state`.
         Raises: TypeError (no optimizer, or one whose state cannot follow the method's rank changes), ValueError (it holds none of the
             adapter's factors; an adapted module's base is not frozen). Nothing is tracked then.
         """
-        optimizers = _unwrapped(optimizer)
-        optimizer = optimizers[-1]
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not {id(p) for p in self.factors()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+        around, stepping = unwrap(optimizer)
+        for inner in stepping:
+            if not isinstance(inner, torch.optim.Optimizer):
+                raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(inner).__name__}")
+        factors = {id(p) for p in self.factors()}
+        stepping = [inner for inner in stepping if factors & held_parameters(inner)]
+        if not stepping:
             raise ValueError(
                 "track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them"
             )
         self._check_frozen()
         if self.method.needs_optimizer():
-            self._check_states(optimizers)
+            self._check_states([*around, *stepping])
+            self._check_wrappers(optimizer, around)
         for layer in self.layers.values():
-            layer.track(optimizer)
-            for outer in optimizers[:-1]:
+            for inner in stepping:
+                layer.track(inner)
+            for outer in around:
                 layer.pair.track(outer)
-        if optimizer not in self._watched:
-            _watch(optimizer, self.method)
-        self._watched.update(optimizers)
+        for inner in stepping:
+            if inner not in self._watched:
+                _watch(inner, self.method)
+        self._watched.update([*around, *stepping])
+
+    def _check_wrappers(self, optimizer, around: list) -> None:
+        """Raises: TypeError if one around another keeps what a rank change could not reach."""
+        for outer in around:
+            if not hasattr(outer, "param_groups"):
+                raise TypeError(
+                    f"track: a wrapper with state of its own must have `param_groups`, and {type(outer).__name__} has none"
+                )
+        for holder in nested(optimizer):
+            if hasattr(holder, "state"):
+                check_optimizer(holder)
+            check_attributes(holder, self.factors())
 
     def _check_frozen(self) -> None:
         for name, layer in self.layers.items():

@@ -1,6 +1,7 @@
 """Which parts of an optimizer's state belong to the ranks of a factor: `register_optimizer_state`, and what is known without it."""
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -163,5 +164,6 @@ def _drop_empty_gradients(optimizer, *_) -> None:
 def skip_empty_factors(optimizer: torch.optim.Optimizer) -> None:
     """Factors of rank 0 are left out of the optimizer's steps, whose means over their elements (Adafactor, Muon) would divide by zero."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    if hooks is not None and _drop_empty_gradients not in hooks.values():
+    # A wrapper may have other hooks, or none: those of the optimizer inside do it.
+    if isinstance(hooks, OrderedDict) and _drop_empty_gradients not in hooks.values():
         optimizer.register_step_pre_hook(_drop_empty_gradients)

@@ -177,6 +177,7 @@ class Refused:
     reason: str
 
 
+_SHARED_Z = Refused("it keeps copies of the parameters among the state of the optimizer inside")
 _SCHEDULE_FREE = [
     f"{name}ScheduleFree{kind}" for name in ("AdamW", "RAdam", "SGD") for kind in ("", "Closure", "Paper", "Reference")
 ]
@@ -194,6 +195,9 @@ BUILT_IN = {
     **{place: copies("x0") for place in (*_MADGRAD, ("madgrad", "MirrorMADGRAD"))},
     ("bitsandbytes", "Optimizer8bit"): bitsandbytes,
     ("torchao", "_AdamBase"): torchao,
+    ("pytorch_optimizer", "ScheduleFreeWrapper"): copies("z"),
+    ("schedulefree", "ScheduleFreeWrapper"): _SHARED_Z,
+    ("schedulefree", "ScheduleFreeWrapperReference"): _SHARED_Z,
     ("torch", "LBFGS"): Refused("it keeps flat vectors over all parameters"),
     ("torchao", "CPUOffloadOptimizer"): Refused("it keeps a copy of every parameter and an optimizer for each"),
     ("lomo_optim", "AdaLomo"): Refused("it keeps its state outside `state`"),
