@@ -27,11 +27,13 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def read_json(file: Path):
-    """Raises: ValueError that names the file (missing, cut, NaN, not JSON)."""
+def read_json(file: Path, *, strict: bool = True):
+    """strict: whether to refuse NaN and infinities.  Raises: ValueError that names the file (missing, cut, not JSON)."""
 
     def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON")
+        if strict:
+            raise ValueError(f"{constant} is no JSON")
+        return float(constant)
 
     try:
         return json.loads(file.read_bytes(), parse_constant=refuse)

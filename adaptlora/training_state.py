@@ -136,6 +136,14 @@ class TrainingState:
                 raise ValueError(f"{part} must {expected}")
             if thing is not None and state[part]["class"] != _class_name(thing):
                 raise ValueError(f"{part} must be a {state[part]['class']}, got a {_class_name(thing)}")
+        scaler = self.parts["scaler"]
+        if scaler is not None:
+            words = {True: "enabled", False: "disabled"}
+            was, now = bool(decode(state["scaler"]["state"], tensors)), bool(scaler.state_dict())
+            if was != now:
+                raise ValueError(
+                    f"scaler must be {words[was]}, as it was when it was saved, got one that is {words[now]}"
+                )
 
     def _factors(self) -> dict[str, dict[str, torch.Tensor]]:
         return {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in self.adapter.layers.items()}

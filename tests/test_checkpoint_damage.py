@@ -96,6 +96,10 @@ def rewrite(path, change):
         (lambda s: s["optimizer"].update({"class": "x.Lion"}), "optimizer must be a x.Lion, got a torch.optim.adamw"),
         (lambda s: s["scheduler"].update({"class": "x.Cosine"}), "scheduler must be a x.Cosine"),
         (lambda s: s.pop("scaler"), "scaler must be None: none was saved"),
+        (
+            lambda s: s["scaler"].update(state={}),
+            "scaler must be disabled, as it was when it was saved, got one that is enabled",
+        ),
         (lambda s: s.update(config="LaLoRAConfig"), "must be attached with a LaLoRAConfig, got a NormALConfig"),
         (lambda s: s["random"].update(python=[3]), "unpack|state"),
     ],

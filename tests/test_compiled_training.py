@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -230,3 +231,40 @@ def test_what_is_neither_adapter_nor_model():
     rule = "dynamic_ranks: adapted must be an Adapter or an nn.Module, got int"
     with pytest.raises(TypeError, match=rule), adaptlora.dynamic_ranks(3):
         pass
+
+
+def test_two_threads_that_enter_and_leave_in_turn():
+    """Outside, and in a thread that never was within, sizes are compared as torch compares them."""
+    from torch.fx.experimental import _config, symbolic_shapes
+
+    from adaptlora.integrations.compile import _compare_sizes
+
+    seen = {}
+
+    def oblivious():
+        found = []
+        original = symbolic_shapes.guard_or_true
+        symbolic_shapes.guard_or_true = lambda expression: found.append(_config.backed_size_oblivious)
+        try:
+            with _config.patch(backed_size_oblivious=True):
+                _compare_sizes(True)
+        finally:
+            symbolic_shapes.guard_or_true = original
+        return found[0]
+
+    first, second = adaptlora.dynamic_ranks(), adaptlora.dynamic_ranks()
+    first.__enter__()
+    with ThreadPoolExecutor(1) as other:
+        seen["other thread, outside"] = other.submit(oblivious).result()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        seen["this thread, outside"] = oblivious()
+        seen["other thread, within"] = other.submit(oblivious).result()
+        other.submit(second.__exit__, None, None, None).result()
+        seen["other thread, outside again"] = other.submit(oblivious).result()
+    assert seen == {
+        "other thread, outside": True,
+        "this thread, outside": True,
+        "other thread, within": False,
+        "other thread, outside again": True,
+    }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,3 +162,31 @@ def test_trainers_checkpoint_is_not_for_a_loop_of_ones_own(saved):
     own = adaptlora.save_checkpoint(saved.parent / "own", adapter, optimizer, step=1)
     with pytest.raises(ValueError, match="must be of a checkpoint of Trainer's, got one of 'loop'"):
         trainer_checkpoint.check(own)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors.index.json"])
+def test_json_of_any_depth_is_refused_by_name(name, tmp_path):
+    run(tmp_path, sealing=False)
+    folder = tmp_path / "checkpoint-4"
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / name).write_text("[" * 200_000)
+    with pytest.warns(UserWarning, match=re.escape(f"{folder / name} must be")):
+        assert adaptlora.last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_any_bit_of_an_unsealed_optimizer_is_refused_or_harmless(tmp_path):
+    """Damage that zipfile takes for encryption or another compression as well."""
+    run(tmp_path, sealing=False)
+    folder = tmp_path / "checkpoint-4"
+    (folder / MANIFEST).unlink(missing_ok=True)
+    file = folder / "optimizer.pt"
+    whole = file.read_bytes()
+    refused = 0
+    for i in range(0, len(whole), len(whole) // 600):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << i % 8)]) + whole[i + 1 :])
+        try:
+            trainer_checkpoint.check(folder)
+        except ValueError as error:
+            assert str(file) in str(error)
+            refused += 1
+    assert refused > 300

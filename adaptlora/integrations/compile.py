@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 
 from torch import nn
@@ -26,24 +27,33 @@ def _set_marks(factor: nn.Parameter, marks: dict) -> None:
     vars(factor).update(marks)
 
 
+_within = threading.local()
+
+
 def _compare_sizes(expression) -> bool:
-    """torch's guard_or_true where a size that is known, if only as an example, is looked at."""
+    """torch's guard_or_true; in threads that are within `dynamic_ranks` a size that is known, if only as an example, is looked at."""
     from torch.fx.experimental import _config, symbolic_shapes
 
-    with _config.patch(backed_size_oblivious=False):
+    oblivious = _config.backed_size_oblivious and not getattr(_within, "depth", 0)
+    with _config.patch(backed_size_oblivious=oblivious):
         return symbolic_shapes.guard_or_true(expression)
 
 
 @contextlib.contextmanager
-def _in_place_of(module, name: str, function) -> Iterator[None]:
-    original = getattr(module, name, None)
-    if original is not None:  # else another version of torch, which does it in another way
-        setattr(module, name, function)
+def _sizes_compared() -> Iterator[None]:
+    """
+    torch 2.13 takes strides of activations that are sizes for others than inductor's own, unless it may look at an example, and then
+    compiles a backward pass for that one size. Its function stays replaced: outside, and in other threads, the new one does the same.
+    """
+    import torch._functorch._aot_autograd.graph_compile as graph_compile
+
+    if hasattr(graph_compile, "guard_or_true"):  # else a version of torch that does it in another way
+        graph_compile.guard_or_true = _compare_sizes
+    _within.depth = getattr(_within, "depth", 0) + 1
     try:
         yield
     finally:
-        if original is not None:
-            setattr(module, name, original)
+        _within.depth -= 1
 
 
 @contextlib.contextmanager
@@ -54,7 +64,7 @@ def dynamic_ranks(adapted=None) -> Iterator[None]:
     By default dynamo takes the shape of a parameter for a constant, so that every new rank compiles again until it gives up
     (torch 2.13: after eight), sizes 0 and 1 for special, and sizes that are equal at first for one and the same: those of modules
     that start at one rank. Settings and marks count when code is compiled: keep the calls of the compiled model, not only
-    torch.compile itself, inside. They are torch's own, the settings hold for this thread, and all are restored at the end.
+    torch.compile itself, inside. They are torch's own, the settings hold for this thread, and settings and marks are restored at the end.
 
     Args:
         adapted: the Adapter, or a module with LoraLinear layers, whose factors' ranks are then known to be dynamic from the start.
@@ -62,7 +72,6 @@ def dynamic_ranks(adapted=None) -> Iterator[None]:
     Raises: TypeError (adapted is neither).
     """
     import torch._dynamo
-    import torch._functorch._aot_autograd.graph_compile as graph_compile
     import torch.compiler.config
     import torch.fx.experimental._config as shapes
 
@@ -70,9 +79,7 @@ def dynamic_ranks(adapted=None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(force_parameter_static_shapes=False))
         stack.enter_context(shapes.patch(backed_size_oblivious=True, use_duck_shape=False))
-        # torch 2.13 takes strides of activations that are sizes for others than inductor's own, unless it may look at an example,
-        # and then compiles a backward pass for that one size.
-        stack.enter_context(_in_place_of(graph_compile, "guard_or_true", _compare_sizes))
+        stack.enter_context(_sizes_compared())
         # torch keeps what it compiled on disk, by a key that knows nothing of all this.
         tag = f"{torch.compiler.config.cache_key_tag} adaptlora.dynamic_ranks"
         stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))

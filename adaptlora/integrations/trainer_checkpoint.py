@@ -6,7 +6,9 @@ then it removes old checkpoints, then it tells its callbacks. A run that is kill
 
 import json
 import os
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from ..checkpoint_files import (
     TRAINER,
     check_files,
     checkpoints,
+    read_json,
     read_manifest,
     step_of,
     write_manifest,
@@ -82,13 +85,10 @@ def check(folder) -> None:
 
 def _check_state(folder: Path) -> dict:
     file = folder / STATE
-    try:
-        state = json.loads(file.read_bytes())
-        step = state["global_step"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing: the checkpoint was not written to its end") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} must be Trainer's state, whole: {error!r}") from error
+    if not file.exists():
+        raise ValueError(f"{file} is missing: the checkpoint was not written to its end")
+    state = read_json(file, strict=False)  # Trainer writes NaN where a loss was
+    step = state.get("global_step") if isinstance(state, dict) else None
     if step_of(folder) not in (None, step) or not isinstance(step, int):
         raise ValueError(f"{file} must be of step {step_of(folder)}, as the folder's name says, got {step!r}")
     return state
@@ -97,9 +97,10 @@ def _check_state(folder: Path) -> dict:
 def _check_weights(folder: Path, names: set[str]) -> None:
     weights = {name for name in names if name.endswith(".safetensors")}
     if _INDEX in names:
+        index = read_json(folder / _INDEX)
         try:
-            shards = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            shards = set(index["weight_map"].values())
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{folder / _INDEX} must be an index of shards, whole: {error!r}") from error
         for name in sorted(shards - weights):
             raise ValueError(f"{folder / name} is missing, and {_INDEX} names it")
@@ -114,7 +115,7 @@ def _check_zip(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error, ValueError) as error:
         raise ValueError(f"{file} must be a whole file of torch.save's: {error}") from error
     if bad is not None:
         raise ValueError(f"{file} must be a whole file of torch.save's, and {bad} in it is damaged")

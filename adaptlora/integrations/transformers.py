@@ -7,7 +7,7 @@ import json
 import warnings
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..logs import log_values
@@ -27,6 +27,12 @@ def _running_trainer() -> Trainer | None:
             return caller
         frame = frame.f_back
     return None
+
+
+def _made_contiguous(module, state_dict, prefix, local_metadata) -> None:
+    for name, tensor in state_dict.items():
+        if not tensor.requires_grad:  # parameters that are asked for as they are stay
+            state_dict[name] = tensor.contiguous()
 
 
 class AdapterCallback(TrainerCallback, ExportableState):
@@ -60,6 +66,9 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self._quantised = getattr(adapter.model, "is_quantized", False)
         if self._quantised:
             adapter.model.is_quantized = False
+        if not isinstance(adapter.model, PreTrainedModel):
+            # Trainer hands the state of other models to safetensors as it is, which takes no transposed tensors.
+            adapter.model.register_state_dict_post_hook(_made_contiguous)
 
     def state(self) -> dict:
         """What Trainer writes into a checkpoint beside the model's own tensors."""
@@ -69,7 +78,10 @@ class AdapterCallback(TrainerCallback, ExportableState):
     def _restore(self, stateful_callbacks: dict) -> None:
         saved = stateful_callbacks.get(type(self).__name__)
         if not saved:
-            return
+            raise ValueError(
+                f"Trainer: the checkpoint must hold the state of {type(self).__name__}, as it does if it was written with "
+                f"callbacks=[adapter.callback()], got {sorted(stateful_callbacks)}"
+            )
         method, scalings = saved["attributes"]["method"], saved["attributes"]["scalings"]
         mine = self.state()["attributes"]
         for field, found, expected in (("modules", scalings, mine["scalings"]), ("method", method, mine["method"])):
