@@ -102,8 +102,7 @@ def _write(path: Path, text: str, tensors: dict, step: int) -> None:
         if kept.exists() and not path.exists():
             os.replace(kept, path)
         raise
-    if kept.exists():
-        shutil.rmtree(kept)
+    shutil.rmtree(kept, ignore_errors=True)  # what stays is `_tidy`'s
 
 
 def _drop_older(folder: Path, step: int, keep: int | None) -> None:
@@ -118,8 +117,11 @@ def _drop_older(folder: Path, step: int, keep: int | None) -> None:
     older = [path for n, path in found.items() if n <= step and _is_ours(path)]
     for path in [] if keep is None else older[keep:]:
         dropped = path.with_name(f".{path.name}.dropped")
-        os.replace(path, dropped)  # gone at once, not file by file
-        shutil.rmtree(dropped)
+        try:
+            os.replace(path, dropped)  # gone at once, not file by file
+        except OSError as error:
+            warnings.warn(f"save_checkpoint: {path} is older than the last {keep} and stays: {error}", stacklevel=3)
+        shutil.rmtree(dropped, ignore_errors=True)  # what stays is `_tidy`'s
 
 
 def _is_ours(path: Path) -> bool:

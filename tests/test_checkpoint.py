@@ -1,7 +1,9 @@
 """save_checkpoint and load_checkpoint: the run that goes on equals the one that never stopped, bit for bit."""
 
 import copy
+import errno
 import json
+import os
 import random
 import warnings
 
@@ -223,6 +225,22 @@ def test_old_ones_go_and_later_ones_are_named(tmp_path):
         adaptlora.save_checkpoint(tmp_path, adapter, optimizer, step=3, extra="again", keep=None)
     assert adaptlora.load_checkpoint(tmp_path / "checkpoint-3", adapter, optimizer).extra == "again"
     assert adaptlora.last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_an_old_one_that_cannot_be_removed_stays_and_the_save_is_made(tmp_path, monkeypatch):
+    adapter, optimizer = plain()
+    adaptlora.save_checkpoint(tmp_path, adapter, optimizer, step=1)
+    replace = os.replace
+
+    def failing(source, target):
+        if str(target).endswith(".dropped"):
+            raise OSError(errno.EIO, "no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.warns(UserWarning, match="checkpoint-1 is older than the last 1 and stays"):
+        path = adaptlora.save_checkpoint(tmp_path, adapter, optimizer, step=2, keep=1)
+    assert adaptlora.last_checkpoint(tmp_path) == path and (tmp_path / "checkpoint-1").exists()
 
 
 def test_what_killed_saves_left_is_removed_and_what_they_replaced_put_back(tmp_path):
