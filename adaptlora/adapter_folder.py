@@ -5,6 +5,8 @@ The weights' metadata hold the SHA-256 of each file that belongs to them. A save
 `.<name>.<SHA-256>`, or `.<name>.gone` for one that is to go, and then renames the weights: that is the moment of the change. What
 still waits then gets its name from the save, or after a kill from whoever comes next: a file that waits is the one its weights mean.
 Weights whose file does not wait are whole, and a file with another digest is one that the user edited.
+"Old or new, whatever happens" holds for adaptlora's readers: after a kill between the two renames stock PEFT meets the new weights
+with the old configuration until adaptlora looks, and what is edited in that time is replaced by what waits.
 """
 
 import contextlib
@@ -13,11 +15,13 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .files import locked, make_folder, remove_leftovers, sync_file, sync_folder, temporary_file
+from .files import is_old, locked, make_folder, remove_leftovers, sync_file, sync_folder, temporary_file
 from .tensor_files import save_file
 
 FILES = (
@@ -29,6 +33,7 @@ FILES = (
 )
 _DIGESTS = "adaptlora_files"
 _GONE = "gone"
+_PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # seconds at most before each attempt
 _WAITING = re.compile(rf"\.(?P<name>{'|'.join(map(re.escape, FILES))})\.(?P<digest>[0-9a-f]{{64}}|{_GONE})")
 
 
@@ -37,11 +42,26 @@ def write(folder: Path, weights: str, tensors: dict, texts: dict[str, str], meta
     Write an adapter: the file `weights`, one of FILES, and the others of `texts`, {name: text}. The rest of FILES goes: the folder
     holds this adapter afterwards and no other, or the one that it held before.
 
-    Raises: NotADirectoryError, TimeoutError (another process holds the folder's lock), OSError; each names the file.
+    Raises: NotADirectoryError, TimeoutError (another process holds the folder's lock), OSError (also where others keep changing a
+        folder that cannot be locked); each names the file.
     """
     make_folder(folder)
     digests = {name: _digest(texts[name].encode()) if name in texts else _GONE for name in FILES if name != weights}
     metadata = metadata | {_DIGESTS: json.dumps(digests)}
+    for pause in _PAUSES:
+        time.sleep(pause * secrets.randbelow(1000) / 1000)
+        _write(folder, weights, tensors, texts, digests, metadata)
+        if _is_one(
+            folder
+        ):  # without locks another save may have come between: the last one to change anything sees it here
+            return
+    rule = (
+        "the files of one save, but others write here and the file system has no locks (save to a folder of your own)"
+    )
+    raise OSError(errno.EBUSY, f"must hold {rule}", str(folder))
+
+
+def _write(folder: Path, weights: str, tensors: dict, texts: dict, digests: dict, metadata: dict) -> None:
     with contextlib.ExitStack() as stack:
         new = stack.enter_context(temporary_file(folder / weights))
         save_file(tensors, new, metadata)
@@ -51,7 +71,7 @@ def write(folder: Path, weights: str, tensors: dict, texts: dict[str, str], meta
             temporaries[name] = stack.enter_context(temporary_file(folder / name))
             temporaries[name].write_bytes(text.encode())
             sync_file(temporaries[name])
-        with locked(folder):
+        with locked(folder) as alone:
             _finish(folder)
             try:
                 _let_wait(folder, digests, temporaries)
@@ -64,7 +84,9 @@ def write(folder: Path, weights: str, tensors: dict, texts: dict[str, str], meta
                     _waiting(folder, name, digests[name]).unlink(missing_ok=True)
             sync_folder(folder)
             for file in _waiting_files(folder).values():
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    if alone or is_old(file):
+                        file.unlink()
             for name in FILES:
                 remove_leftovers(folder / name)
 
@@ -74,7 +96,7 @@ class settled:
     with settled(folder) as files: no save of ours changes the folder meanwhile, and what a killed one left is finished.
 
     files.path(name): where the file is, or would be.   files.has(name).   files.belongs(name): whether the weights say that they have it.
-    In a folder that cannot be written, a file that waits is taken from where it is.
+    In a folder that cannot be written or locked, a file that waits is taken from where it is.
     Raises: TimeoutError (another process holds the folder's lock), OSError.
     """
 
@@ -85,8 +107,8 @@ class settled:
     def __enter__(self) -> "settled":
         self._stack = contextlib.ExitStack()
         if self.folder.is_dir():
-            self._stack.enter_context(locked(self.folder))
-            self._waiting = _finish(self.folder, read_only=True)
+            alone = self._stack.enter_context(locked(self.folder))
+            self._waiting = _finish(self.folder, read_only=True, rename=alone)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -111,22 +133,28 @@ def _let_wait(folder: Path, digests: dict[str, str], temporaries: dict[str, Path
     sync_folder(folder)
 
 
-def _finish(folder: Path, *, read_only: bool = False) -> dict[str, Path | None]:
+def _finish(folder: Path, *, read_only: bool = False, rename: bool = True) -> dict[str, Path | None]:
     """
     Give the files that wait for the weights that are there their names.
 
-    Returns: {name: file that waits still, None for one that is to go}, of a folder that cannot be written, where `read_only` allows it.
+    Returns: {name: file that waits still, None for one that is to go}, of a folder that cannot be written, where `read_only` allows it,
+    or all of them without `rename`.
     """
     waiting = _waiting_files(folder)
     left: dict[str, Path | None] = {}
     for name, digest in [pair for pair in _meant(folder) if pair in waiting] if waiting else []:
         file = waiting[name, digest]
         try:
-            if digest == _GONE:
+            if digest != _GONE and not _is_whole(file, digest):
+                continue  # its bytes never reached the disk, or another save without locks has renamed it
+            if not rename:
+                left[name] = None if digest == _GONE else file
+            elif digest == _GONE:
                 (folder / name).unlink(missing_ok=True)
-                file.unlink()
-            elif _is_whole(file, digest):  # else its bytes never reached the disk
-                os.replace(file, folder / name)
+                file.unlink(missing_ok=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(file, folder / name)
         except OSError as error:
             if not read_only or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
@@ -137,12 +165,21 @@ def _finish(folder: Path, *, read_only: bool = False) -> dict[str, Path | None]:
 def _meant(folder: Path) -> list[tuple[str, str]]:
     """[(name, digest)] of the files that the weights in the folder say are theirs."""
     pairs = []
-    for weights in sorted(folder.glob("*.safetensors")):
+    for weights in [folder / name for name in FILES if name.endswith(".safetensors")]:
         with contextlib.suppress(OSError, SafetensorError, ValueError, AttributeError, RecursionError):
             if weights.is_file():
                 with safe_open(weights, framework="pt") as handle:
                     pairs += json.loads((handle.metadata() or {}).get(_DIGESTS, "{}")).items()
     return [(name, digest) for name, digest in pairs if isinstance(digest, str)]
+
+
+def _is_one(folder: Path) -> bool:
+    """Whether the folder holds what its weights say, no more and no less."""
+    meant = _meant(folder)
+    files = [(folder / name, digest) for name, digest in meant]
+    return bool(meant) and all(
+        not os.path.lexists(file) if digest == _GONE else _is_whole(file, digest) for file, digest in files
+    )
 
 
 def _waiting_files(folder: Path) -> dict[tuple[str, str], Path]:
@@ -163,5 +200,8 @@ def _digest(content: bytes) -> str:
 
 
 def _is_whole(file: Path, digest: str) -> bool:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == digest
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == digest
+    except FileNotFoundError:
+        return False
