@@ -405,8 +405,9 @@ class Adapter:
 
     def save(self, path, *, format: str = "peft", fold_residual: bool = True, save_outer: bool = False) -> None:
         """
-        Write the adapter to the folder `path`, its files as one: whatever happens, the folder holds the old adapter or this one. Files that
-        are no adapter's are left alone.
+        Write the adapter to the folder `path`, its files as one: whatever happens, adaptlora finds the old adapter or this one there. Stock
+        PEFT can meet the new weights with the old configuration after a kill between the two renames, until adaptlora next looks or
+        saves. Files that are no adapter's are left alone.
 
         Args:
             format: "peft": `PeftModel.from_pretrained(base, path)` computes what this model computes; modules of rank 0 are left out,
@@ -414,7 +415,8 @@ class Adapter:
             fold_residual: of "peft" and NoRA with a residual: True adds what was taken out of the base as r more rank vectors, for
                 the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
             save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
-        Raises: ValueError (every rank is 0, another format, NoRA's for another method), OSError (disk full, no such right, TimeoutError
+        Raises: ValueError (every rank is 0, another format, NoRA's for another method; NonFiniteError: NaN or infinite weights, which are
+            not written over a good adapter), OSError (disk full, no such right, TimeoutError
             where another process writes to the folder for long): the path is named.
         """
         if format == "peft":
