@@ -230,7 +230,7 @@ def test_a_kill_while_the_results_are_written(where, base, adapter, tmp_path, mo
     assert tree(tmp_path / "out") == tree(tmp_path / "whole") and not (tmp_path / "out.unfinished").exists()
 
 
-@pytest.mark.parametrize("left", [".fingerprint.x1", ".3.safetensors.x1"])
+@pytest.mark.parametrize("left", [f".{name}.{16 * 'a'}.adaptlora-tmp" for name in ("fingerprint", "3.safetensors")])
 def test_what_a_kill_leaves_of_files_being_written_is_ours(left, base, adapter, tmp_path):
     folder = tmp_path / "out.unfinished"
     folder.mkdir()
