@@ -172,7 +172,7 @@ def _read(path: Path) -> tuple[dict, dict]:
     check_files(path, manifest)
     file = path / STATE
     state = read_json(file)
-    if not isinstance(state, dict) or state.keys() - _PARTS != _FIELDS or state["step"] != manifest["step"]:
+    if state.keys() - _PARTS != _FIELDS or state["step"] != manifest["step"]:
         raise ValueError(f"{file} must hold {', '.join(sorted(_FIELDS))} of step {manifest['step']}")
     tensors, _ = read_tensors("check_checkpoint", path / TENSORS)
     try:

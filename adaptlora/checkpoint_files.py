@@ -6,12 +6,14 @@ import os
 import re
 from pathlib import Path
 
+from . import text_files
 from .files import atomic_file, sync_folder
 
 MANIFEST = "adaptlora_checkpoint.json"
 FORMAT = 1
 LOOP, TRAINER = "loop", "transformers"  # who wrote the rest
 _NAME = re.compile(r"checkpoint-(\d+)")
+_MOST_BYTES = 1 << 30  # a long run logs much
 _FIELDS = {"format": int, "kind": str, "step": int, "files": dict}
 
 
@@ -27,20 +29,12 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def read_json(file: Path, *, strict: bool = True):
-    """strict: whether to refuse NaN and infinities.  Raises: ValueError that names the file (missing, cut, not JSON)."""
-
-    def refuse(constant: str):
-        if strict:
-            raise ValueError(f"{constant} is no JSON")
-        return float(constant)
-
+def read_json(file: Path, *, strict: bool = True) -> dict:
+    """`text_files.read_json` of a checkpoint's file.  Raises: ValueError that names the file, a missing one too."""
     try:
-        return json.loads(file.read_bytes(), parse_constant=refuse)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON: {error}") from error
+        return text_files.read_json("checkpoint", file, strict=strict, most_bytes=_MOST_BYTES)
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def write_manifest(folder: Path, kind: str, step: int, names) -> None:

@@ -21,7 +21,7 @@ def encode(op: str, where: str, value, tensors: dict[str, torch.Tensor], device=
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
-        return int(value)
+        return int(value) if -(1 << 63) <= value < 1 << 63 else {"$int": hex(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": str(float(value))}
     if isinstance(value, torch.Tensor):
@@ -86,9 +86,11 @@ def decode(value, tensors: dict[str, torch.Tensor], device=None):
         return tensor.to("cpu" if device is None or value.get("host") else device, copy=True)
     if tag == "$float":
         return float(content)
+    if tag == "$int":
+        return int(content, 16)
     if tag == "$tuple":
         return tuple(decode(content, tensors, device))
     if tag in _MAPPINGS:
         pairs = ((decode(key, tensors), decode(item, tensors, device)) for key, item in content)
         return _MAPPINGS[tag](dict(pairs))
-    raise ValueError(f"{tag!r} must be one of $tensor, $float, $tuple, {', '.join(_MAPPINGS)}")
+    raise ValueError(f"{tag!r} must be one of $tensor, $float, $int, $tuple, {', '.join(_MAPPINGS)}")

@@ -187,7 +187,8 @@ def plain():
 @pytest.mark.parametrize(
     "value",
     [
-        3, 2.5, float("inf"), None, True, "text", torch.tensor(7, dtype=torch.uint8), torch.rand(5, 2, dtype=torch.float64),
+        3, -(2**63), 2**64, -(3**99), 2.5, float("inf"), None, True, "text", torch.tensor(7, dtype=torch.uint8),
+        torch.rand(5, 2, dtype=torch.float64),
         torch.rand(4, 3).t(), torch.rand(3).bfloat16(), torch.empty(0, 4), [torch.rand(2), (1, {"a": torch.rand(2)})], {7: 1.5},
         {"$tensor": 1},
     ],

@@ -86,7 +86,7 @@ def rewrite(path, change):
     ("change", "message"),
     [
         (lambda s: s.update(step=3), "must hold .* of step 2"),
-        (lambda s: s.update(extra=float("nan")), "state.json must be JSON: NaN"),
+        (lambda s: s.update(extra=float("nan")), "state.json must be JSON: numbers must be finite, got NaN"),
         (lambda s: s.pop("random"), "must hold"),
         (lambda s: s["adapter"].update(scalings={"$tensor": "gone"}), "must hold 'gone'"),
         (lambda s: s["adapter"]["scalings"].update(first="big"), "scalings must give first a finite number"),

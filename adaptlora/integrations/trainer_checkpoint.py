@@ -88,7 +88,7 @@ def _check_state(folder: Path) -> dict:
     if not file.exists():
         raise ValueError(f"{file} is missing: the checkpoint was not written to its end")
     state = read_json(file, strict=False)  # Trainer writes NaN where a loss was
-    step = state.get("global_step") if isinstance(state, dict) else None
+    step = state.get("global_step")
     if step_of(folder) not in (None, step) or not isinstance(step, int):
         raise ValueError(f"{file} must be of step {step_of(folder)}, as the folder's name says, got {step!r}")
     return state
