@@ -1,6 +1,5 @@
 """Everything that the next optimizer steps depend on, out of a training loop and back into one."""
 
-import contextlib
 import random
 import warnings
 
@@ -169,9 +168,11 @@ class TrainingState:
         before = self.gather()
         try:
             self.restore(state, tensors)
-        except BaseException:
-            with contextlib.suppress(Exception):
+        except BaseException as error:
+            try:
                 self.restore(*before)
+            except Exception as second:
+                error.add_note(f"{self.op}: what was there before could not be put back either: {second!r}")
             raise
         for parameter in self.parameters.values():
             parameter.grad = None
