@@ -190,7 +190,17 @@ def test_entering_again_and_going_on_outside_compile_nothing_anew():
     assert counter.frame_count == 1
 
 
+class CountGraphs(transformers.TrainerCallback):
+    def __init__(self):
+        self.graphs = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def test_trainer_with_torch_compile(tmp_path):
+    """The callback alone: what is compiled by the second step serves all the others, the clip among them."""
+
     def run(compiled: bool):
         torch._dynamo.reset()
         model, batch = bert()
@@ -200,9 +210,11 @@ def test_trainer_with_torch_compile(tmp_path):
             tmp_path, max_steps=6, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="no",
             logging_steps=1, disable_tqdm=True, torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[adapter.callback()])
-        with adaptlora.dynamic_ranks(adapter):
-            trainer.train()
+        count = CountGraphs()
+        torch._dynamo.utils.counters.clear()
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[adapter.callback(), count])
+        trainer.train()
+        assert len(count.graphs) == 6 and len({*count.graphs[1:]}) == 1 and (count.graphs[0] > 0) == compiled
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return losses, adapter.ranks(), [factor.detach() for factor in adapter.factors()]
 

@@ -25,12 +25,13 @@ def test_killed_runs_end_like_the_one_that_nobody_killed(loop, method, tmp_path)
     reference = crash_trials.Reference(loop, method, tmp_path / "reference")
     assert len(reference.losses) == crash_trials.STEPS
     draw = random.Random(0)
-    kills = 0
-    for number in range(2 if loop == "raw" else 1):
+    # A moment may be drawn that comes after the end: how fast the machine is decides nothing.
+    kills, number = 0, 0
+    while kills < 2:
         result = crash_trials.trial(reference, tmp_path / f"trial{number}", draw)
         assert not result["faults"]
         kills += len(result["phases"])
-    assert kills
+        number += 1
 
 
 def test_the_comparison_sees_another_loss_and_another_state(tmp_path):

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from models import bert_batch, tiny_bert
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import adaptlora
 from adaptlora.checkpoint_files import MANIFEST
@@ -19,15 +18,7 @@ from adaptlora.integrations import trainer_checkpoint
 WRITTEN = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-class Sealing(TrainerCallback):
-    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        trainer_checkpoint.check_resumed(args.output_dir, state, optimizer, lr_scheduler)
-
-    def on_save(self, args, state, control, **kwargs):
-        trainer_checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def run(folder, *, sealing=True, resume=None, **arguments):
+def run(folder, *, resume=None, **arguments):
     config = adaptlora.NormALConfig(r=4, target_r=2, t_p=2, t_c=3, target_modules="all-linear")
     adapter = adaptlora.attach(tiny_bert(), config)
     data = bert_batch(size=16)
@@ -43,7 +34,7 @@ def run(folder, *, sealing=True, resume=None, **arguments):
             **arguments,
         ),
         train_dataset=[{key: value[i] for key, value in data.items()} for i in range(16)],
-        callbacks=[adapter.callback(), *([Sealing()] if sealing else [])],
+        callbacks=[adapter.callback()],
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return adapter
@@ -53,8 +44,11 @@ def run(folder, *, sealing=True, resume=None, **arguments):
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainer") / "saved"
     run(folder)
-    for file in folder.glob(f"checkpoint-*/{MANIFEST}"):
-        assert json.loads(file.read_text())["kind"] == "transformers"
+    for step in (1, 2, 3, 4):
+        manifest = json.loads((folder / f"checkpoint-{step}" / MANIFEST).read_text())
+        assert (
+            manifest["kind"] == "transformers" and {*WRITTEN, "adapter/adapter_config.json"} <= manifest["files"].keys()
+        )
     return folder
 
 
@@ -166,9 +160,9 @@ def test_trainers_checkpoint_is_not_for_a_loop_of_ones_own(saved):
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors.index.json"])
 def test_json_of_any_depth_is_refused_by_name(name, tmp_path):
-    run(tmp_path, sealing=False)
+    run(tmp_path)
     folder = tmp_path / "checkpoint-4"
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink()
     (folder / name).write_text("[" * 200_000)
     with pytest.warns(UserWarning, match=re.escape(f"{folder / name} must be")):
         assert adaptlora.last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
@@ -176,9 +170,9 @@ def test_json_of_any_depth_is_refused_by_name(name, tmp_path):
 
 def test_any_bit_of_an_unsealed_optimizer_is_refused_or_harmless(tmp_path):
     """Damage that zipfile takes for encryption or another compression as well."""
-    run(tmp_path, sealing=False)
+    run(tmp_path)
     folder = tmp_path / "checkpoint-4"
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink()
     file = folder / "optimizer.pt"
     whole = file.read_bytes()
     refused = 0
