@@ -1,0 +1,105 @@
+"""The processes that train or compute together, as far as they must agree: one by itself, or those of a torch.distributed group."""
+
+import contextlib
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Processes:
+    """
+    A single process: everything it is asked to share it has already.
+
+    Attributes: rank, size: this process among how many.   first: whether it is the one that writes.
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, names: list[str]) -> list[str]:
+        """Those of `names` that this process computes."""
+        return names[self.rank :: self.size]
+
+    def broadcast(self, value, source: int = 0, *, doing: str = "broadcast"):
+        """`value` of the process `source`, on all: numbers, strings, tensors of the host and collections of them."""
+        return value
+
+    def gather(self, value, *, doing: str = "gather") -> list:
+        """The values of all processes, by rank, on all."""
+        return [value]
+
+    def largest(self, numbers: list[int], *, doing: str = "compare") -> list[int]:
+        """The largest of each place over all processes; integers of 63 bits."""
+        return numbers
+
+    def total(self, numbers: list[float], *, doing: str = "add") -> list[float]:
+        """The sum of each place over all processes, in float64."""
+        return numbers
+
+    @contextlib.contextmanager
+    def agreement(self, op: str):
+        """
+        Processes leave the block together: with what went wrong in them, or with a ValueError (RuntimeError, for what is no ValueError)
+        that names the first process in which something did.
+        """
+        yield
+
+
+class ProcessGroup(Processes):
+    """
+    The processes of a torch.distributed group. What they tell each other here is small and lies on the host: it goes over a group of
+    its own with the backend gloo, whatever the gradients use.
+
+    Args: group: a process group, None for all.   timeout: how long to wait for the others; None for torch's own.
+    Every process of `group` constructs one, at the same time.
+    """
+
+    def __init__(self, group=None, timeout: timedelta | None = None):
+        self.ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        self.rank, self.size = dist.get_rank(group), len(self.ranks)
+        self.timeout = timeout
+        options = {} if timeout is None else {"timeout": timeout}
+        self.control = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True, **options)
+
+    def broadcast(self, value, source: int = 0, *, doing: str = "broadcast"):
+        told = [value]
+        self.run(doing, dist.broadcast_object_list, told, src=self.ranks[source], group=self.control)
+        return told[0]
+
+    def gather(self, value, *, doing: str = "gather") -> list:
+        told: list = [None] * self.size
+        self.run(doing, dist.all_gather_object, told, value, group=self.control)
+        return told
+
+    def largest(self, numbers: list[int], *, doing: str = "compare") -> list[int]:
+        return self._reduced(doing, torch.tensor(numbers, dtype=torch.int64, device="cpu"), dist.ReduceOp.MAX)
+
+    def total(self, numbers: list[float], *, doing: str = "add") -> list[float]:
+        return self._reduced(doing, torch.tensor(numbers, dtype=torch.float64, device="cpu"), dist.ReduceOp.SUM)
+
+    def _reduced(self, doing: str, tensor: torch.Tensor, op) -> list:
+        self.run(doing, dist.all_reduce, tensor, op=op, group=self.control)
+        return tensor.tolist()
+
+    def run(self, doing: str, collective, *arguments, **keywords):
+        """Call `collective`.  Raises: ProcessError, naming the processes that do not answer, where it fails."""
+        return collective(*arguments, **keywords)
+
+    @contextlib.contextmanager
+    def agreement(self, op: str):
+        error = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        bad_input = isinstance(error, ValueError)
+        told = self.gather(None if error is None else (bad_input, f"{error}" if bad_input else repr(error)), doing=op)
+        if error is not None:
+            raise error
+        for rank, what in enumerate(told):
+            if what is not None:
+                raise (ValueError if what[0] else RuntimeError)(f"{op}: process {rank}: {what[1]}")
