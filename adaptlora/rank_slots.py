@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from .optimizer_state import fresh_value
-from .state_layouts import PARAMETER, Packed, Rows
+from .state_layouts import PARAMETER, RANK_DIM, Packed, Rows
 
 
 def to_rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def from_rows(rows: torch.Tensor, dim: int, others: torch.Size | None) -> torch.
 
 def factor_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Rank-major view (R, ·) of a tensor shaped like the factor `name`; its own inverse."""
-    return tensor if name == "lora_A" else tensor.t()
+    return to_rows(tensor, RANK_DIM[name])
 
 
 def is_range(rows: list[int]) -> bool:

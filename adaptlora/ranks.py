@@ -66,8 +66,8 @@ class RankPlan:
                 state.update(slot.packed)
 
 
-def _commit(plans: list[RankPlan]) -> None:
-    """All or none: every row lies in its new memory before the first pair takes it."""
+def _commit(plans: list[RankPlan], prepared=None) -> None:
+    """All or none: every row lies in its new memory, and `prepared` was called and returned, before the first pair takes it."""
     moving = {}
     for plan in plans:
         for slot in (*plan.slots, *plan.grads.values()):
@@ -83,6 +83,8 @@ def _commit(plans: list[RankPlan]) -> None:
         for slot in plan.slots:
             if isinstance(slot.layout, Packed):
                 slot.pack(plan.pair._parameters[slot.factor], plan.rank, plan.moves)
+    if prepared is not None:
+        prepared()
     for plan in plans:
         plan.assign()
 
@@ -99,7 +101,7 @@ def _assign(parameter: nn.Parameter, data: torch.Tensor, grad: torch.Tensor | No
 
 class RankedPair(nn.Module):
     """
-    The two factors of one LoRA module with a rank that can change at any time between optimizer steps.
+    The two factors of one LoRA module with a rank that can change at any time between optimizer steps; a subclass may have more.
 
     Args:
         in_features: K.   out_features: N.
@@ -107,8 +109,11 @@ class RankedPair(nn.Module):
         capacity: rows allocated, at least r (default r); rows r … capacity − 1 start parked.
         generator: CPU generator for A's rows, U(−1/√K, 1/√K); B starts at zero.
         dtype, device: of both factors.
+    Attributes: factor_names: of all its factors.
     Raises: ValueError (r < 0, capacity < r).
     """
+
+    factor_names: tuple[str, ...] = FACTORS
 
     def __init__(
         self, in_features: int, out_features: int, r: int, *, capacity=None, generator=None, dtype=None, device=None
@@ -123,12 +128,17 @@ class RankedPair(nn.Module):
         self._tracked = weakref.WeakKeyDictionary()
         # parked state whose active rows no tracked optimizer has yet, by factor and key
         self._waiting: dict[tuple[str, str], Tail] = {}
-        self._stores = {
-            "lora_A": uniform_rows(capacity, in_features, generator).to(device=device, dtype=dtype),
-            "lora_B": torch.zeros(capacity, out_features, device=device, dtype=dtype),
-        }
-        for name in FACTORS:
+        self._stores = {}
+        for name in self.factor_names:
+            width = {"lora_A": in_features, "lora_B": out_features}.get(name, 1)
+            drawn, like = self.drawn_rows(name, capacity, width, generator), {"device": device, "dtype": dtype}
+            self._stores[name] = torch.zeros(capacity, width, **like) if drawn is None else drawn.to(**like)
             setattr(self, name, nn.Parameter(factor_rows(name, self._stores[name][:r])))
+
+    @staticmethod
+    def drawn_rows(factor: str, count: int, width: int, generator: torch.Generator | None) -> torch.Tensor | None:
+        """(count, width): what vectors that never were there begin with, drawn on the CPU in float32; None for zeros."""
+        return uniform_rows(count, width, generator) if factor == "lora_A" else None
 
     @property
     def rank(self) -> int:
@@ -200,7 +210,7 @@ class RankedPair(nn.Module):
 
     def check_states(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Raises: TypeError if a tracked optimizer, or the one given, keeps state that could not follow a rank change."""
-        for name in FACTORS:
+        for name in self.factor_names:
             for _ in self._states(name, None if optimizer is None else {optimizer: {}}):
                 pass
 
@@ -209,8 +219,8 @@ class RankedPair(nn.Module):
         Check a change to `rank` active vectors and list what must move; nothing changes before `RankPlan.commit`.
 
         Args:
-            rank: new R ≥ 0. Up to the capacity, parked vectors come back as they left; beyond it new rows of A are drawn
-                from `generator` and new rows of B are zero, so that the layer's output does not change.
+            rank: new R ≥ 0. Up to the capacity, parked vectors come back as they left; beyond it new rows are `drawn_rows`, A's from
+                `generator` and B's zero, so that the layer's output does not change.
             order: permutation of range(current rank), applied first: vector order[i] becomes vector i.
             compact: leave nothing parked and give the memory back.
         Raises: ValueError (rank, order), TypeError (an optimizer's state that cannot follow).
@@ -234,15 +244,15 @@ class RankedPair(nn.Module):
             return lists[held, room]
 
         slots, grads = [], {}
-        for name in FACTORS:
+        for name in self.factor_names:
             data = self._data_slot(name)
             values = data.store
             for slot in (data, *self._state_slots(name, values)):
                 held, width = slot.store.shape
                 packed = isinstance(slot.layout, Packed)
                 rows = rows_of(held, rank if packed else capacity)
-                if rank > held and name == "lora_A" and slot.optimizer is None:
-                    slot.drawn = uniform_rows(rank - held, width, generator)
+                if rank > held and slot.optimizer is None:
+                    slot.drawn = self.drawn_rows(name, rank - held, width, generator)
                 if len(rows) > held and slot.optimizer is not None:
                     slot.drawn = slot.begin(self._parameters[name], values[held:], len(rows) - held, data.drawn)
                 slot.choose(rows, compact and not packed)
@@ -282,7 +292,7 @@ class RankedPair(nn.Module):
         each rank, element or feature.
         """
         held = {"factors": 0, "gradients": 0, "optimizer": 0}
-        for name in FACTORS:
+        for name in self.factor_names:
             grad = getattr(self, name).grad
             held["factors"] += self._data_slot(name).store.untyped_storage().nbytes()
             held["gradients"] += 0 if grad is None else grad.untyped_storage().nbytes()
@@ -313,7 +323,7 @@ class RankedPair(nn.Module):
         optimizer's own state this is all that a pair holds.
         """
         found = {}
-        for name in FACTORS:
+        for name in self.factor_names:
             store = self._data_slot(name).store
             if store.shape[0] > self.rank:
                 found[name] = store[self.rank :].clone()
@@ -329,17 +339,17 @@ class RankedPair(nn.Module):
 
     def check_parked(self, parked: dict[str, torch.Tensor]) -> None:
         """Raises: ValueError if `parked` is not what `parked()` returns for a pair of these sizes."""
-        if parked and not {*FACTORS} <= parked.keys():
-            raise ValueError(f"parked rows must hold {FACTORS[0]} and {FACTORS[1]}, got {sorted(parked)}")
+        if parked and not {*self.factor_names} <= parked.keys():
+            raise ValueError(f"parked rows must hold {' and '.join(self.factor_names)}, got {sorted(parked)}")
         for key, rows in parked.items():
-            count, (name, _, state) = parked[FACTORS[0]].shape[0], key.partition(".")
-            if state and name in FACTORS:
+            count, (name, _, state) = parked["lora_A"].shape[0], key.partition(".")
+            if state and name in self.factor_names:
                 if rows.dim() != 2 or rows.shape[0] > count:
                     raise ValueError(
                         f"parked rows of {key} must be at most {count} rows, got shape {tuple(rows.shape)}"
                     )
                 continue
-            expected = (count, self._stores[name].shape[1]) if name in FACTORS else None
+            expected = (count, self._stores[name].shape[1]) if name in self.factor_names else None
             if tuple(rows.shape) != expected:
                 raise ValueError(f"parked rows of {key} must have shape {expected}, got {tuple(rows.shape)}")
 
@@ -349,18 +359,22 @@ class RankedPair(nn.Module):
         optimizer that has the active rows of it, now or later.  Raises: as `check_parked`; nothing has changed then.
         """
         self.check_parked(parked)
-        for name in FACTORS:
+        for name in self.factor_names:
             rows = factor_rows(name, getattr(self, name).data)
             self._stores[name] = torch.cat([rows, parked[name].to(rows)]) if parked else rows
             getattr(self, name).data = factor_rows(name, self._stores[name][: self.rank])
         # The active rows of a state's store are the optimizer's own, wherever it keeps them.
-        states = {tuple(key.split(".", 1)): Tail(self.rank, rows) for key, rows in parked.items() if key not in FACTORS}
+        states = {
+            tuple(key.split(".", 1)): Tail(self.rank, rows)
+            for key, rows in parked.items()
+            if key not in self.factor_names
+        }
         for stores in self._tracked.values():
             stores.clear()
         self._waiting = states
 
     def _apply(self, fn, recurse=True):
-        stores = {name: self._data_slot(name).store for name in FACTORS}
+        stores = {name: self._data_slot(name).store for name in self.factor_names}
         super()._apply(fn, recurse)
         # The parked rows move with the active ones, and the parameters stay views of the store.
         self._relink({name: fn(store) for name, store in stores.items()})
@@ -394,20 +408,32 @@ class RankedPair(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._tracked = weakref.WeakKeyDictionary()
-        self._relink({name: self._data_slot(name).store for name in FACTORS})
+        self._relink({name: self._data_slot(name).store for name in self.factor_names})
 
 
-def commit_ranks(pairs: dict[str, RankedPair], ranks: dict[str, int], *, compact: bool = False, generator=None) -> None:
-    """Change the rank of many pairs, all or none: plans are made and rows moved before the first pair changes.
+def commit_ranks(
+    pairs: dict[str, RankedPair],
+    ranks: dict[str, int],
+    *,
+    orders: dict[str, list[int]] | None = None,
+    compact: bool = False,
+    generator=None,
+    prepared=None,
+) -> None:
+    """
+    Change the rank of many pairs, all or none: plans are made and rows moved before the first pair changes.
 
+    Args:
+        orders: of `plan`, for pairs whose vectors that stay are not the first ones.
+        prepared: called just before that, when nothing can fail any more; what it raises calls the change off.
     Raises: ValueError, TypeError (naming the module); then ranks, weights and optimizer state are as they were.
     """
-    plans = []
+    plans, orders = [], orders or {}
     for name, rank in ranks.items():
-        if rank == pairs[name].rank and not compact:
+        if rank == pairs[name].rank and name not in orders and not compact:
             continue
         try:
-            plans.append(pairs[name].plan(rank, compact=compact, generator=generator))
+            plans.append(pairs[name].plan(rank, order=orders.get(name), compact=compact, generator=generator))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    _commit(plans)
+    _commit(plans, prepared)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-RANK_DIM = {"lora_A": 0, "lora_B": 1}
+RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
 PARAMETER = "parameter"
 
 
@@ -50,9 +50,9 @@ SLOW_WEIGHTS = {
 def adafactor(factor: str, key: str, value, shape):
     """torch's and transformers' Adafactor: means of squared gradients, of each row and each column of the factor."""
     if key in ("row_var", "exp_avg_sq_row"):
-        return 0 if factor == "lora_A" else None
+        return 0 if RANK_DIM[factor] == 0 else None
     if key in ("col_var", "exp_avg_sq_col"):
-        return None if factor == "lora_A" else value.dim() - 1
+        return None if RANK_DIM[factor] == 0 else value.dim() - 1
     return NotImplemented
 
 
