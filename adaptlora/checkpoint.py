@@ -20,19 +20,22 @@ from .checkpoint_files import (
     read_manifest,
     write_manifest,
 )
+from .distributed.processes import Processes
+from .distributed.state import share_state
 from .encoding import decode, encode
 from .files import LEFTOVER, atomic_folder, locked
 from .integrations import trainer_checkpoint
 from .tensor_files import read_tensors, save_file
-from .training_state import TrainingState
+from .training_state import TrainingState, the_optimizer
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
 _FIELDS = {"step", "versions", "config", "adapter", "others", "optimizer", "random", "extra"}
-_PARTS = {"scheduler", "scaler"}
+_PARTS = {"scheduler", "scaler", "processes"}  # where there are such; the last: random states of the processes 1, 2, …
 # What a killed save leaves: a folder being written, one being removed, one that was to be replaced.
 _LEFT = re.compile(rf"\.checkpoint-\d+\.({LEFTOVER}|dropped|kept)")
 _ADVICE = "adaptlora.last_checkpoint(folder) finds the latest whole one"
+_SAME = "adaptlora.last_checkpoint(folder, processes=adapter.processes) gives all the same"
 
 
 class Resumed(NamedTuple):
@@ -44,11 +47,13 @@ class Resumed(NamedTuple):
 
 def save_checkpoint(folder, adapter, optimizer, *, step: int, scheduler=None, scaler=None, extra=None, keep=2) -> Path:
     """
-    Write folder/checkpoint-<step>: everything that the next steps depend on. Call it between two steps, from one process.
+    Write folder/checkpoint-<step>: everything that the next steps depend on. Call it between two steps; after `adapter.distribute` in
+    every process: the first writes, its errors are raised by all, and none goes on before the folder is complete.
 
     Held: factors, parked vectors, ranks, scalings, modules_to_save, the method's state; the optimizer's state and groups, by parameter
     name, and its parameters that are not the adapter's; persistent buffers (running statistics); the random number generators of
     torch (and of the model's GPUs), Python and NumPy. Not held: frozen weights, gradients, and where the data is: put that into `extra`.
+    Of several processes the random states of each, tensors that FSDP2 shards whole, and all else, `extra` too, as process 0 has it.
     The folder appears under its name once it is complete and synced to disk; a save that fails or is killed leaves the others as they were.
 
     Args:
@@ -59,27 +64,44 @@ def save_checkpoint(folder, adapter, optimizer, *, step: int, scheduler=None, sc
         keep: how many checkpoints up to this step to leave, ≥ 1, or None for all; older ones are removed once the new one is complete.
     Returns: the checkpoint's folder.
     Raises: TypeError (something that cannot be stored exactly, by its place), ValueError (step, keep, a folder of that name with other
-        files in it), OSError (TimeoutError where another process writes to `folder` for long); no checkpoint has changed then.
+        files in it, processes with other steps), OSError (TimeoutError where another process writes to `folder` for long); no checkpoint
+        has changed then. What was raised in another process is a ValueError or RuntimeError that names it.
     """
-    _check_integer("step", step, 0)
-    if keep is not None:
-        _check_integer("keep", keep, 1)
-    state, tensors = TrainingState("save_checkpoint", adapter, optimizer, scheduler, scaler).gather()
-    state["extra"] = encode("save_checkpoint", "extra", extra, tensors)
-    state |= {"step": step, "versions": doctor.versions()}
-    text = json.dumps(state, allow_nan=False)
+    op, processes = "save_checkpoint", adapter.processes
+    with processes.agreement(op):
+        _check_integer("step", step, 0)
+        if keep is not None:
+            _check_integer("keep", keep, 1)
+        loop = TrainingState(op, adapter, [the_optimizer(op, optimizer)], scheduler, scaler)
+    _check_same(op, processes, "step", step)
+    state, tensors = loop.gather()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step}"
-    with locked(folder):
-        _tidy(folder)
-        if path.exists() and not _is_ours(path):
-            raise ValueError(
-                f"save_checkpoint: {path} must be absent or a checkpoint of this function, got other files"
-            )
-        _write(path, text, tensors, step)
-        _drop_older(folder, step, keep)
+    with processes.agreement(op):
+        if processes.first:
+            state["extra"] = encode(op, "extra", extra, tensors)
+            state |= {"step": step, "versions": doctor.versions()}
+            text = json.dumps(state, allow_nan=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder):
+                _tidy(folder)
+                if path.exists() and not _is_ours(path):
+                    raise ValueError(
+                        f"save_checkpoint: {path} must be absent or a checkpoint of this function, got other files"
+                    )
+                _write(path, text, tensors, step)
+                _drop_older(folder, step, keep)
     return path
+
+
+def _check_same(op: str, processes: Processes, what: str, value, advice: str = "") -> None:
+    """Raises: ValueError, in all processes, if they were not given the same."""
+    told = processes.gather(value, doing=f"{op}: {what}")
+    for rank, other in enumerate(told):
+        if other != told[0]:
+            raise ValueError(
+                f"{op}: {what} must be the same in all processes, got {told[0]} in process 0, {other} in process {rank}{advice}"
+            )
 
 
 def _check_integer(name: str, value, least: int) -> None:
@@ -182,14 +204,23 @@ def _read(path: Path) -> tuple[dict, dict]:
     return state, tensors
 
 
-def last_checkpoint(folder) -> Path | None:
+def last_checkpoint(folder, *, processes: Processes | None = None) -> Path | None:
     """
     The latest whole checkpoint in `folder`, by its number: for `load_checkpoint`, or `trainer.train(resume_from_checkpoint=…)`.
 
     Later ones that are damaged or half-written are named in one warning. What a killed `save_checkpoint` was about to replace is put back.
+    Args: processes: those that are to resume together, adapter.processes: all call, the first looks, and all get what it found. Without
+        them each looks for itself, and on disks that are not the same, or not at once, may find another.
     Returns: None if there is none, or no folder.
     """
-    folder = Path(folder)
+    processes, found = processes or Processes(), None
+    with processes.agreement("last_checkpoint"):
+        if processes.first:
+            found = _last(Path(folder))
+    return processes.broadcast(found, doing="last_checkpoint")
+
+
+def _last(folder: Path) -> Path | None:
     if not folder.is_dir():
         return None
     if any(folder.glob(".checkpoint-*.kept")):
@@ -206,7 +237,7 @@ def last_checkpoint(folder) -> Path | None:
             break
     if refused:
         warnings.warn(
-            f"last_checkpoint: {found or 'none'} is the latest whole checkpoint: {'; '.join(refused)}", stacklevel=2
+            f"last_checkpoint: {found or 'none'} is the latest whole checkpoint: {'; '.join(refused)}", stacklevel=3
         )
     return found
 
@@ -215,26 +246,40 @@ def load_checkpoint(path, adapter, optimizer, *, scheduler=None, scaler=None) ->
     """
     Put a loop back to where `save_checkpoint` found it: the steps that follow are, bit for bit, those that would have followed.
 
+    After `adapter.distribute` every process calls it, and process 0 reads for all. They may be more or fewer than those that saved: process
+    i takes the random states of process i; where there were fewer, it seeds its generators from those of process 0 and i.
+
     Args:
         path: the checkpoint's folder.   adapter: attached as before, with its modules and method; ranks follow the checkpoint.
         optimizer, scheduler, scaler: built as before; one that was saved must be given, and no other.
     Returns: Resumed(step, extra).   Gradients are dropped.
     Raises: FileNotFoundError, ValueError (damaged, or of another model, method, optimizer, scheduler or scaler; the file and what to do are
-        named); nothing has changed then.
+        named; another path than the other processes'); nothing has changed then, in no process.
     """
-    path = Path(path)
+    op, path, processes = "load_checkpoint", Path(path), adapter.processes
+    _check_same(op, processes, "path", path.name, f" ({_SAME})")
+    state, tensors = {}, {}
+    with processes.agreement(op):
+        loop = TrainingState(op, adapter, [the_optimizer(op, optimizer)], scheduler, scaler)
+        if processes.first:
+            state, tensors = _read_loop(path)
+    state, tensors = share_state(processes, state, tensors, doing=op)
+    try:
+        with processes.agreement(op):
+            loop.check(state, tensors)
+        loop.replace(state, tensors)
+    except ValueError as error:
+        raise ValueError(f"load_checkpoint: {path / STATE}: {error}") from error
+    loop.drop_gradients()
+    return Resumed(state["step"], decode(state["extra"], tensors))
+
+
+def _read_loop(path: Path) -> tuple[dict, dict]:
     if not path.is_dir():
         raise FileNotFoundError(f"load_checkpoint: {path} must be a checkpoint's folder, and is not there ({_ADVICE})")
     try:
         if _is_trainers(path):
             raise ValueError(f"{path} is Trainer's: give it to trainer.train(resume_from_checkpoint=…)")
-        state, tensors = _read(path)
+        return _read(path)
     except ValueError as error:
         raise ValueError(f"load_checkpoint: {error} ({_ADVICE})") from error
-    loop = TrainingState("load_checkpoint", adapter, optimizer, scheduler, scaler)
-    try:
-        loop.check(state, tensors)
-        loop.replace(state, tensors)
-    except ValueError as error:
-        raise ValueError(f"load_checkpoint: {path / STATE}: {error}") from error
-    return Resumed(state["step"], decode(state["extra"], tensors))

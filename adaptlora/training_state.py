@@ -1,52 +1,67 @@
 """Everything that the next optimizer steps depend on, out of a training loop and back into one."""
 
-import random
-import warnings
-
-import numpy as np
 import torch
 
 from .adapter import _unwrapped
+from .distributed.sharding import (
+    decode_parts,
+    encode_parts,
+    gathered,
+    is_sharded,
+    reshard,
+    sharded_like,
+)
 from .encoding import decode, encode
+from .random_state import random_state, seed_from, set_random_state
+from .stored_optimizer import StoredOptimizer, class_name
 
 
-def _class_name(thing) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def the_optimizer(op: str, optimizer) -> torch.optim.Optimizer:
+    """The one that makes the steps.  Raises: TypeError (no optimizer, or a wrapper with state of its own)."""
+    *around, inner = _unwrapped(optimizer)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if around:
+        raise TypeError(
+            f"{op}: optimizer must keep all its state itself, got a {type(around[0]).__name__} around a "
+            f"{type(inner).__name__}, with state of its own"
+        )
+    return inner
 
 
 class TrainingState:
     """
-    A loop's adapter, optimizer, and what else it has of a scheduler and a GradScaler, as one thing that is saved and restored.
+    A loop's adapter, optimizers, and what else it has of a scheduler and a GradScaler, as one thing that is saved and restored.
 
-    Held beside them: parameters that the optimizer trains and the adapter does not know, the model's persistent buffers (running
-    statistics), and the random number generators of torch, Python and NumPy. Gradients are not: between two steps there are none.
+    Held beside them: parameters that an optimizer trains and the adapter does not know; and, if `own`, what belongs to a process: the
+    model's persistent buffers (running statistics) and the random number generators of torch, Python and NumPy. Gradients are not:
+    between two steps there are none. Among several processes (`adapter.processes`) all call the same methods at the same time, and an
+    error of one is raised by all. What every process has whole is that of process 0 where it is stored; random states are those of each.
 
-    Raises: TypeError (no optimizer, or a wrapper with state of its own), ValueError (an adapter that is merged or detached).
+    Raises: TypeError (no optimizer), ValueError (an adapter that is merged or detached).
     """
 
-    def __init__(self, op: str, adapter, optimizer, scheduler, scaler):
+    def __init__(self, op: str, adapter, optimizers: list, scheduler=None, scaler=None, *, own: bool = True):
         adapter.check_trainable(op)
-        *around, self.optimizer = _unwrapped(optimizer)
-        self.op, self.adapter = op, adapter
+        self.op, self.adapter, self.own = op, adapter, own
         self.parts = {"scheduler": scheduler, "scaler": scaler}
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if around:
-            raise TypeError(
-                f"{op}: optimizer must keep all its state itself, got a {type(around[0]).__name__} around a "
-                f"{type(self.optimizer).__name__}, with state of its own"
-            )
+        reshard(adapter.model)
         names = {id(p): name for name, p in adapter.model.named_parameters()}
-        self.groups = [
-            {names.get(id(p), f"parameter {i} of group {g}"): p for i, p in enumerate(group["params"])}
-            for g, group in enumerate(self.optimizer.param_groups)
+        keys = ["optimizer", *(f"optimizer {i}" for i in range(1, len(optimizers)))]
+        self.optimizers = [
+            StoredOptimizer(op, optimizer, names, key) for optimizer, key in zip(optimizers, keys, strict=False)
         ]
-        self.parameters = {name: p for group in self.groups for name, p in group.items()}
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for optimizer in self.optimizers for name, p in optimizer.parameters.items()}
 
     def _others(self) -> dict[str, torch.Tensor]:
         """What `Adapter.state_dict` does not hold, by name."""
         own = {id(p) for p in self.adapter.parameters()}
         others = {name: p.detach() for name, p in self.parameters.items() if id(p) not in own}
+        if not self.own:
+            return others
         held = {id(layer) for layer in self.adapter.layers.values()}
         held |= {id(module) for saved in self.adapter.saved.values() for module in saved.modules()}
         for prefix, module in self.adapter.model.named_modules():
@@ -55,86 +70,59 @@ class TrainingState:
                     others[f"{prefix}.{name}".removeprefix(".")] = buffer
         return others
 
-    def gather(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """(JSON, tensors on the host); copies.  Raises: TypeError (state that is no number, string, tensor or collection of them)."""
+    def gather(self, *, whole: bool = True) -> tuple[dict, dict[str, torch.Tensor]]:
+        """
+        (JSON, tensors on the host); copies.
+
+        Args: whole: gather tensors that are sharded; False: they are the live DTensors.
+        Raises: TypeError (state that is no number, string, tensor or collection of them).
+        """
+        processes = self.adapter.processes
         tensors: dict[str, torch.Tensor] = {}
+        with processes.agreement(self.op):
+            state = self._encoded(tensors)
+        if self.own:
+            first, *others = processes.gather(random_state(self.adapter.model), doing=f"{self.op}: random states")
+            state["random"] = encode(self.op, "random", first, tensors)
+            if others:
+                state["processes"] = encode(self.op, "processes", others, tensors)
+        return state, gathered(tensors) if whole else tensors
+
+    def _encoded(self, tensors: dict) -> dict:
         state = {
             "config": type(self.adapter.config).__name__,
-            "adapter": encode(self.op, "adapter", self.adapter.state_dict(), tensors),
-            "others": encode(self.op, "model", self._others(), tensors),
-            "optimizer": self._gather_optimizer(tensors),
-            "random": encode(self.op, "random", self._random(), tensors),
+            "adapter": encode_parts(self.op, "adapter", self.adapter.state_dict(), tensors),
+            "others": encode_parts(self.op, "model", self._others(), tensors),
+            **{optimizer.key: optimizer.encoded(tensors) for optimizer in self.optimizers},
         }
         for part, thing in self.parts.items():
             if thing is not None:
                 state[part] = {
-                    "class": _class_name(thing),
+                    "class": class_name(thing),
                     "state": encode(self.op, part, thing.state_dict(), tensors),
                 }
-        return state, tensors
-
-    def _gather_optimizer(self, tensors: dict) -> dict:
-        found = dict(self.optimizer.state_dict())
-        names = dict(enumerate(self.parameters))
-        states, others = {}, {}
-        for key, value in found.pop("state").items():
-            if key in names:
-                name = names[key]
-                where, device = f"optimizer state of {name}", self.parameters[name].device
-                states[name] = encode(self.op, where, value, tensors, device)
-            else:
-                others[key] = value
-        groups = []
-        for g, (group, members) in enumerate(zip(found.pop("param_groups"), self.groups, strict=True)):
-            options = {key: value for key, value in group.items() if key != "params"}
-            device = next((p.device for p in members.values()), None)
-            encoded = encode(self.op, f"optimizer group {g}", options, tensors, device)
-            groups.append({"params": list(members), "options": encoded})
-        return {
-            "class": _class_name(self.optimizer),
-            "groups": groups,
-            "state": states,
-            "others": encode(self.op, "optimizer", others, tensors),
-            "rest": encode(self.op, "optimizer", found, tensors),
-        }
-
-    def _random(self) -> dict:
-        name, keys, *rest = np.random.get_state()
-        devices = {p.device for p in self.adapter.model.parameters() if p.device.type == "cuda"}
-        return {
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": (name, keys.tolist(), *rest),
-            "cuda": {str(device.index): torch.cuda.get_rng_state(device) for device in devices},
-        }
+        return state
 
     def check(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         """Raises: ValueError if `restore` could not take these: another model, method, optimizer, scheduler or scaler."""
         config = type(self.adapter.config).__name__
         if state["config"] != config:
             raise ValueError(f"the adapter must be attached with a {state['config']}, got a {config}")
-        self._check_tensors("factors", self._factors(), decode(state["adapter"], tensors)["factors"], ranked=True)
-        stored = state["optimizer"]
-        if stored["class"] != _class_name(self.optimizer):
-            raise ValueError(f"optimizer must be a {stored['class']}, got a {_class_name(self.optimizer)}")
-        if len(stored["groups"]) != len(self.groups):
-            raise ValueError(
-                f"optimizer must have {len(stored['groups'])} parameter groups, got {len(self.groups)} (build it as before)"
-            )
-        for g, (group, members) in enumerate(zip(stored["groups"], self.groups, strict=True)):
-            different = sorted(set(group["params"]) ^ members.keys())
-            if different:
-                raise ValueError(
-                    f"optimizer group {g} must hold the {len(group['params'])} parameters it held, "
-                    f"got a difference in {different[:5]}"
-                )
-        self._check_tensors("the model", self._others(), decode(state["others"], tensors))
+        stored = decode_parts("adapter", state["adapter"], tensors)
+        self._check_tensors("factors", self._factors(), stored["factors"], ranked=True)
+        keys = [optimizer.key for optimizer in self.optimizers]
+        stored_keys = [key for key in state if key.startswith("optimizer")]
+        if stored_keys != keys:
+            raise ValueError(f"there must be {len(stored_keys)} optimizers, got {len(keys)}")
+        for optimizer in self.optimizers:
+            optimizer.check(state[optimizer.key])
+        self._check_tensors("the model", self._others(), decode_parts("model", state["others"], tensors))
         for part, thing in self.parts.items():
             if (part in state) != (thing is not None):
                 expected = f"be given, a {state[part]['class']}" if part in state else "be None: none was saved"
                 raise ValueError(f"{part} must {expected}")
-            if thing is not None and state[part]["class"] != _class_name(thing):
-                raise ValueError(f"{part} must be a {state[part]['class']}, got a {_class_name(thing)}")
+            if thing is not None and state[part]["class"] != class_name(thing):
+                raise ValueError(f"{part} must be a {state[part]['class']}, got a {class_name(thing)}")
         scaler = self.parts["scaler"]
         if scaler is not None:
             words = {True: "enabled", False: "disabled"}
@@ -163,63 +151,71 @@ class TrainingState:
                     f"got {tuple(tensor.shape)} and {tensor.dtype}"
                 )
 
-    def replace(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """`restore`, and if that fails, all as it was.  Raises: what `restore` raises."""
+    def spread_as(self, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """Of stored tensors, by name and whole shape: the DTensors that they belong to and are spread like, where there are such."""
+        parameters = [*self.parameters.values(), *self.adapter.parameters()]
+        if not any(map(is_sharded, parameters)):
+            return {}
+        saved = {name: module.state_dict() for name, module in self.adapter.saved.items()}
+        own = {f"adapter.modules_to_save.{name}.{key}": t for name, of in saved.items() for key, t in of.items()}
+        own |= {f"model.{name}": tensor for name, tensor in self._others().items()}
+        likes = {}
+        for name, shape in shapes.items():
+            found = [own.get(name), *(optimizer.parameter_of(name) for optimizer in self.optimizers)]
+            like = next((tensor for tensor in found if is_sharded(tensor) and tensor.shape == shape), None)
+            if like is not None:
+                likes[name] = like
+        return likes
+
+    def _spread(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`tensors`, of which those that belong to DTensors are DTensors, too."""
+        whole = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
+        likes = self.spread_as({name: tensor.shape for name, tensor in whole.items()})
+        return tensors | {name: sharded_like(tensors[name], like) for name, like in likes.items()}
+
+    def replace(self, state: dict, tensors: dict[str, torch.Tensor], *, kept: bool = False) -> None:
+        """
+        `restore`, and if that fails in any process, all as it was in all.  Raises: what `restore` raises.
+
+        kept: this process is left as it is, since it is where `state` comes from.
+        """
         before = self.gather()
         try:
-            self.restore(state, tensors)
+            with self.adapter.processes.agreement(self.op):
+                if not kept:
+                    self.restore(state, tensors)
         except BaseException as error:
             try:
-                self.restore(*before)
+                if not kept:
+                    self.restore(*before)
             except Exception as second:
                 error.add_note(f"{self.op}: what was there before could not be put back either: {second!r}")
             raise
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def restore(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         """Take what `gather` gave and `check` passed.  Raises: ValueError, and whatever the parts' own load_state_dict raises."""
-        self.adapter.load_state_dict(decode(state["adapter"], tensors))
-        self._restore_optimizer(state["optimizer"], tensors)
+        tensors = self._spread(tensors)
+        self.adapter.load_state_dict(decode_parts("adapter", state["adapter"], tensors))
+        for optimizer in self.optimizers:
+            optimizer.restore(state[optimizer.key], tensors)
         with torch.no_grad():
             others = self._others()
-            for name, tensor in decode(state["others"], tensors).items():
+            for name, tensor in decode_parts("model", state["others"], tensors).items():
                 others[name].copy_(tensor)
         for part, thing in self.parts.items():
             if thing is not None:
                 thing.load_state_dict(decode(state[part]["state"], tensors))
-        self._restore_random(decode(state["random"], tensors))
+        if self.own:
+            self._restore_random(state, tensors)
 
-    def _restore_optimizer(self, stored: dict, tensors: dict) -> None:
-        numbers = {name: i for i, name in enumerate(self.parameters)}
-        states = {name: decode(value, tensors, self.parameters[name].device) for name, value in stored["state"].items()}
-        groups = []
-        for group, members in zip(stored["groups"], self.groups, strict=True):
-            device = next((p.device for p in members.values()), None)
-            options = decode(group["options"], tensors, device)
-            groups.append({**options, "params": [numbers[name] for name in members]})
-        others = decode(stored["others"], tensors)
-        self.optimizer.load_state_dict(
-            {
-                **decode(stored["rest"], tensors),
-                "state": {numbers[name]: value for name, value in states.items()} | others,
-                "param_groups": groups,
-            }
-        )
-        # torch casts what it loads to the parameter's dtype, and strings to what they are not.
-        for name, value in states.items():
-            self.optimizer.state[self.parameters[name]] = value
+    def _restore_random(self, state: dict, tensors: dict) -> None:
+        rank = self.adapter.processes.rank
+        stored = decode([state["random"], *state.get("processes", [])], tensors)
+        if rank < len(stored):
+            set_random_state(stored[rank], self.adapter.model)
+        else:
+            seed_from(stored[0], rank)
 
-    @staticmethod
-    def _restore_random(state: dict) -> None:
-        torch.set_rng_state(state["torch"])
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        for index, of_device in state["cuda"].items():
-            if int(index) < torch.cuda.device_count():
-                torch.cuda.set_rng_state(of_device, int(index))
-            else:
-                warnings.warn(
-                    f"the checkpoint has the random state of cuda:{index}, which is not there: dropout will differ",
-                    stacklevel=4,
-                )
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
