@@ -3,7 +3,7 @@
 from . import nn, ops
 from .adapter import Adapter, RankChange, attach, load, trained_parameters
 from .checkpoint import check_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
-from .config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+from .config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .integrations.compile import dynamic_ranks
 from .logs import log_values
 from .methods import NonFiniteError
@@ -23,6 +23,7 @@ from .shear import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRAConfig",
     "Adapter",
     "DropConfig",
     "LaLoRAConfig",

@@ -14,7 +14,7 @@ from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear, Outer
 from .optimizer_state import check_optimizer
 from .optimizer_wrappers import check_attributes, held_parameters, nested, unwrap
-from .ranks import FACTORS, commit_ranks
+from .ranks import commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
 
 
@@ -49,7 +49,7 @@ def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=N
 
     Args:
         model: any nn.Module.
-        config: LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig.
+        config: LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig, AdaLoRAConfig.
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
         progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
@@ -151,17 +151,24 @@ def _unwrapped(optimizer) -> list:
 
 
 def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
-    """Tell a method that looks at gradients when the optimizer is about to step; the optimizer does not keep it alive."""
-    if type(method).before_optimizer_step is Method.before_optimizer_step:
-        return
+    """Tell a method that looks at gradients when the optimizer steps; the optimizer does not keep it alive."""
     reference = weakref.ref(method)
 
-    def hook(stepping, *_):
-        alive = reference()
-        if alive is not None:
-            alive.before_optimizer_step(stepping)
+    def telling(event: str):
+        def hook(stepping, *_):
+            alive = reference()
+            if alive is not None:
+                getattr(alive, event)(stepping)
 
-    optimizer.register_step_pre_hook(hook)
+        return hook
+
+    registers = {
+        "before_optimizer_step": optimizer.register_step_pre_hook,
+        "after_optimizer_step": optimizer.register_step_post_hook,
+    }
+    for event, register in registers.items():
+        if getattr(type(method), event) is not getattr(Method, event):
+            register(telling(event))
 
 
 class Adapter:
@@ -202,8 +209,8 @@ class Adapter:
         return self.factors() + [p for module in self.saved.values() for p in module.parameters()]
 
     def factors(self) -> list[nn.Parameter]:
-        """lora_A and lora_B of every module."""
-        return [getattr(layer, name) for layer in self.layers.values() for name in FACTORS]
+        """lora_A and lora_B of every module, and lora_E of AdaLoRA's."""
+        return [getattr(layer.pair, name) for layer in self.layers.values() for name in layer.pair.factor_names]
 
     def track(self, optimizer) -> None:
         """
@@ -313,7 +320,7 @@ class Adapter:
         # Vectors that never were there are drawn alike whatever else drew random numbers.
         generator = torch.Generator().manual_seed(self.config.seed + self.method.t)
         pairs = {name: layer.pair for name, layer in self.layers.items()}
-        commit_ranks(pairs, ranks, compact=compact, generator=generator)
+        commit_ranks(pairs, ranks, orders=self.method.orders, compact=compact, generator=generator)
 
     def compact(self) -> None:
         """
@@ -352,8 +359,8 @@ class Adapter:
         if seen != self._seen:
             held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
             for name, layer in self.layers.items():
-                for factor in FACTORS:
-                    if id(getattr(layer, factor)) not in held:
+                for factor in layer.pair.factor_names:
+                    if id(getattr(layer.pair, factor)) not in held:
                         raise ValueError(
                             f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
                             f"got none for {name}.{factor}"
@@ -467,8 +474,7 @@ class Adapter:
             self._commit(ranks, compact=False)
         with torch.no_grad():
             for name, (lora_A, lora_B) in factors.items():
-                self.layers[name].lora_A.copy_(lora_A)
-                self.layers[name].lora_B.copy_(lora_B)
+                self.layers[name].set_factors(lora_A, lora_B)
                 self.layers[name].scaling = scalings[name]
         self.method.start_from(ranks)
 
@@ -497,13 +503,14 @@ class Adapter:
         self._take(factors, scalings)
         for layer in self.layers.values():
             for optimizer in layer.pair.optimizers:
-                for factor in FACTORS:
-                    optimizer.state.pop(getattr(layer, factor), None)
+                for factor in layer.pair.factor_names:
+                    optimizer.state.pop(getattr(layer.pair, factor), None)
 
     def state_dict(self) -> dict:
         """Factors, parked vectors, scalings, modules_to_save and the method's own state; tensors are the live ones but for the parked."""
         return {
-            "factors": {name: {f: getattr(layer, f).detach() for f in FACTORS} for name, layer in self.layers.items()},
+            "factors": {name: layer.pair.factors() for name, layer in self.layers.items()},
+            "statistics": {name: layer.pair.statistics() for name, layer in self.layers.items()},
             "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
             "outer": {name: _outer_state(layer) for name, layer in self.layers.items()} if self.method.nested else {},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
@@ -525,11 +532,12 @@ class Adapter:
                 f"load_state_dict: factors must name the adapter's modules, got a difference in {different[:5]}"
             )
         for name, pair in factors.items():
-            io.check_pair("load_state_dict", name, pair["lora_A"], pair["lora_B"], self.layers[name])
+            io.check_factors("load_state_dict", name, pair, self.layers[name])
         io.check_saved("load_state_dict", state["modules_to_save"], self.saved)
         expected_fields = {
             "scalings": self.layers,
             "parked": self.layers,
+            "statistics": self.layers,
             "outer": self.layers if self.method.nested else {},
             "method": self.method.state_dict(),
         }
@@ -545,6 +553,7 @@ class Adapter:
                 raise ValueError(f"load_state_dict: scalings must give {name} a finite number, got {scaling!r}")
             try:
                 layer.pair.check_parked(state["parked"][name])
+                layer.pair.check_statistics(state["statistics"][name], factors[name]["lora_A"].shape[0])
                 if self.method.nested:
                     _check_outer_state(layer, state["outer"][name])
             except ValueError as error:
@@ -559,9 +568,10 @@ class Adapter:
             self.layers[name].weighting = _like(outer["weighting"], self.layers[name])
         with torch.no_grad():
             for name, pair in factors.items():
-                for factor in FACTORS:
-                    getattr(self.layers[name], factor).copy_(pair[factor])
+                for factor, values in pair.items():
+                    getattr(self.layers[name].pair, factor).copy_(values)
                 self.layers[name].pair.park(state["parked"][name])
+                self.layers[name].pair.take_statistics(state["statistics"][name])
                 self.layers[name].scaling = state["scalings"][name]
         for name, tensors in state["modules_to_save"].items():
             self.saved[name].load_state_dict(tensors)

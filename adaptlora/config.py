@@ -224,6 +224,64 @@ class LaLoRAConfig(LoraConfig):
 
 
 @dataclasses.dataclass
+class AdaLoRAConfig(LoraConfig):
+    """
+    AdaLoRA: ΔW = scaling · B diag(E) A, whose least important triplets are taken out along a budget.  [AdaLoRA, arXiv:2303.10512]
+
+    PEFT's fields, names and defaults; scaling = lora_alpha / (init_r + 1e-5), as PEFT computes it, at every rank. Steps t are counted
+    from 1, optimizer steps that were made: at the end of step t happens what PEFT's `update_and_allocate(t)` does.
+
+    Args:
+        r: None; `init_r` is the rank at the start, and r is set to it.
+        init_r: rank of every module at the start.
+        target_r: average rank per module at the end; round(target_r · #modules) triplets stay in all.
+        total_step: optimizer steps of the whole training; no default.
+        tinit: steps before the first triplet goes.
+        tfinal: steps at the end with the ranks of the end: the last choice is made at t = total_step − tfinal.
+        deltaT: steps from one choice to the next, made where it divides t.
+        beta1, beta2: in (0, 1), of the smoothed sensitivity and of its uncertainty.
+        orth_reg_weight: weight ≥ 0 of the penalty, the mean of ‖P Pᵀ − I‖_F over all A and Bᵀ.
+        removal: "final": before the last choice triplets that go are masked (E = 0) and train on, so that they may come back, as in PEFT;
+            those that the last one masks are removed, with their gradients and optimizer state. "update": every choice removes, so that
+            memory falls with the budget, and none comes back.
+    """
+
+    r: int | None = None
+    target_r: float = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    removal: str = "final"
+
+    def __post_init__(self):
+        _require(_is_int(self.init_r) and self.init_r > 0, self, "init_r", "must be an integer > 0")
+        _require(
+            self.r in (None, self.init_r), self, "r", f"must be None or init_r={self.init_r}, which takes its place"
+        )
+        self.r = self.init_r
+        super().__post_init__()
+        _require(self.use_rslora is False, self, "use_rslora", "must be False: AdaLoRA scales by lora_alpha / init_r")
+        _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
+        for field in ("tinit", "tfinal"):
+            value = getattr(self, field)
+            _require(_is_int(value) and value >= 0, self, field, "must be an integer ≥ 0")
+        _require(_is_int(self.deltaT) and self.deltaT > 0, self, "deltaT", "must be an integer > 0")
+        rule = f"must be an integer > tinit + tfinal = {self.tinit + self.tfinal}, so that there are steps to prune in"
+        _require(_is_int(self.total_step) and self.total_step > self.tinit + self.tfinal, self, "total_step", rule)
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            _require(_is_number(value) and 0 < value < 1, self, field, "must be in (0, 1)")
+        weight = self.orth_reg_weight
+        _require(_is_number(weight) and weight >= 0, self, "orth_reg_weight", "must be a number ≥ 0")
+        _require(self.removal in ("final", "update"), self, "removal", 'must be "final" or "update"')
+
+
+@dataclasses.dataclass
 class NoRAConfig(LoraConfig):
     """
     NoRA: an inner pair of rank `r` trained between frozen outer factors of rank `r_out`, taken from the weight itself.  [NoRA]

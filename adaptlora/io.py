@@ -13,7 +13,7 @@ from .config import LoraConfig
 from .lora_files import peft, peft_config
 from .nora_files import check_finite
 
-__all__ = ["StoredAdapter", "check_fits", "check_pair", "check_saved", "read", "write"]
+__all__ = ["StoredAdapter", "check_factors", "check_fits", "check_pair", "check_saved", "read", "write"]
 
 
 def check_pair(op: str, name: str, lora_A, lora_B, layer) -> None:
@@ -24,6 +24,16 @@ def check_pair(op: str, name: str, lora_A, lora_B, layer) -> None:
     if lora_B.shape != (N, lora_A.shape[0]):
         expected = (N, lora_A.shape[0])
         raise ValueError(f"{op}: {name}: lora_B must have shape {expected}, got {tuple(lora_B.shape)}")
+
+
+def check_factors(op: str, name: str, factors: dict[str, torch.Tensor], layer) -> None:
+    """All of the layer's factors, by name and of one rank, which may be another than today's.  Raises: ValueError."""
+    if factors.keys() != {*layer.pair.factor_names}:
+        raise ValueError(f"{op}: {name}: factors must be {', '.join(layer.pair.factor_names)}, got {sorted(factors)}")
+    check_pair(op, name, factors["lora_A"], factors["lora_B"], layer)
+    expected = (factors["lora_A"].shape[0], 1)
+    if "lora_E" in factors and factors["lora_E"].shape != expected:
+        raise ValueError(f"{op}: {name}: lora_E must have shape {expected}, got {tuple(factors['lora_E'].shape)}")
 
 
 @dataclasses.dataclass

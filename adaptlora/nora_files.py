@@ -51,7 +51,9 @@ class StoredNoRA:
 def check_finite(adapter) -> None:
     """Raises: NonFiniteError if a factor, or a parameter of modules_to_save, is NaN or infinite: it names the module."""
     parts = [
-        (f"{name}: {factor}", getattr(layer, factor)) for name, layer in adapter.layers.items() for factor in _INNER
+        (f"{name}: {factor}", values)
+        for name, layer in adapter.layers.items()
+        for factor, values in layer.pair.factors().items()
     ]
     for name, module in adapter.saved.items():
         parts += [(f"{name}: {key}", parameter) for key, parameter in module.named_parameters()]

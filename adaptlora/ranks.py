@@ -148,6 +148,10 @@ class RankedPair(nn.Module):
     def capacity(self) -> int:
         return self._data_slot("lora_A").store.shape[0]
 
+    def factors(self) -> dict[str, torch.Tensor]:
+        """All factors by name, without gradient: views."""
+        return {name: getattr(self, name).detach() for name in self.factor_names}
+
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A (capacity, K), B (N, capacity)): all vectors, the parked ones behind the active ones; views, without gradient."""
         stores = []
@@ -372,6 +376,22 @@ class RankedPair(nn.Module):
         for stores in self._tracked.values():
             stores.clear()
         self._waiting = states
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """
+        What a method keeps of each element beside the factors and follows the ranks, rank-major: {"lora_A.mean": (R, K), …}, the live
+        tensors; empty if nothing.
+        """
+        return {}
+
+    def check_statistics(self, statistics: dict[str, torch.Tensor], rank: int) -> None:
+        """Raises: ValueError if `statistics` is not what `statistics()` returns for a pair of this rank and these sizes."""
+        if statistics:
+            raise ValueError(f"statistics: there must be none, got {sorted(statistics)}")
+
+    def take_statistics(self, statistics: dict[str, torch.Tensor]) -> None:
+        """Inverse of `statistics`; copies.  Raises: as `check_statistics`; nothing has changed then."""
+        self.check_statistics(statistics, self.rank)
 
     def _apply(self, fn, recurse=True):
         stores = {name: self._data_slot(name).store for name in self.factor_names}

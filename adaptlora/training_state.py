@@ -133,7 +133,7 @@ class TrainingState:
                 )
 
     def _factors(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {name: {"lora_A": layer.lora_A, "lora_B": layer.lora_B} for name, layer in self.adapter.layers.items()}
+        return {name: layer.pair.factors() for name, layer in self.adapter.layers.items()}
 
     @staticmethod
     def _check_tensors(what: str, expected: dict, found: dict, ranked: bool = False) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..ranks import FACTORS, RankedPair
+from ..ranks import RankedPair
+from ..state_layouts import RANK_DIM
 
 # What torch's mark on a tensor is made of.
 _MARKS = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
@@ -84,10 +85,10 @@ def dynamic_ranks(adapted=None) -> Iterator[None]:
         tag = f"{torch.compiler.config.cache_key_tag} adaptlora.dynamic_ranks"
         stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
         for pair in pairs:
-            for name, dimension in zip(FACTORS, (0, 1), strict=True):
+            for name in pair.factor_names:
                 factor = getattr(pair, name)
                 marks = {mark: copy.copy(value) for mark, value in vars(factor).items() if mark in _MARKS}
                 stack.callback(_set_marks, factor, marks)
                 # Not mark_dynamic: a compiled function may look at a rank, and is then compiled for each.
-                torch._dynamo.maybe_mark_dynamic(factor, dimension)
+                torch._dynamo.maybe_mark_dynamic(factor, RANK_DIM[name])
         yield

@@ -1,6 +1,7 @@
 """What decides the ranks while a model trains."""
 
-from ..config import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+from ..config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+from .adalora import AdaLoRA
 from .base import Attachment, Method, NonFiniteError
 from .lalora import LaLoRA
 from .nora import NoRA
@@ -8,7 +9,13 @@ from .normal import NormAL
 
 __all__ = ["METHODS", "Attachment", "Method", "NonFiniteError", "check_config"]
 
-METHODS = {LoraConfig: Method, NormALConfig: NormAL, LaLoRAConfig: LaLoRA, NoRAConfig: NoRA}
+METHODS = {
+    LoraConfig: Method,
+    NormALConfig: NormAL,
+    LaLoRAConfig: LaLoRA,
+    NoRAConfig: NoRA,
+    AdaLoRAConfig: AdaLoRA,
+}
 
 
 def check_config(config) -> None:

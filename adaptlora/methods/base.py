@@ -36,14 +36,15 @@ class Method:
     A method of adapting ranks, and plain LoRA where nothing is overridden.
 
     `attach` calls `build`, the constructor, and `begin` once the layers are on the model. `Adapter` then calls, in each optimizer step
-    and in this order: `penalty` (zero or more times before the backward pass), `before_optimizer_step` (from each tracked
-    optimizer), `step`. A method that raises in `step` has changed nothing of its own state that `state_dict` does not
+    and in this order: `penalty` (zero or more times before the backward pass), `before_optimizer_step` and `after_optimizer_step`
+    (from each tracked optimizer), `step`. A method that raises in `step` has changed nothing of its own state that `state_dict` does not
     hold: the adapter restores it.
 
     Attributes: t: optimizer steps made.   t_p, t_c: steps at which a penalty ends and ranks are clipped, where there are such.
         phase: one word for reports.
     """
 
+    layer_class = LoraLinear
     nested = False  # whether the pairs lie between frozen factors, so that a plain LoRA pair cannot take their place
     t_p: int | None = None
     t_c: int | None = None
@@ -64,7 +65,7 @@ class Method:
         layers = {}
         for name, module in attachment.targets.items():
             r, scaling = cls.rank_and_scaling(config, name)
-            layers[name] = LoraLinear(
+            layers[name] = cls.layer_class(
                 module,
                 cls.first_rank(config, r),
                 capacity=r,
@@ -99,6 +100,10 @@ class Method:
         """Whether this or a later `step` shrinks vectors or changes ranks, and so needs a tracked optimizer."""
         return False
 
+    def may_change(self) -> bool:
+        """Whether the next `step` may change ranks. Several processes then decide together, so that all must say the same."""
+        return False
+
     def awaits_clip(self) -> bool:
         """Whether the rank change that the configuration asks for is still to come."""
         return False
@@ -118,6 +123,9 @@ class Method:
     def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A tracked optimizer is about to use the gradients."""
 
+    def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A tracked optimizer has stepped; the gradients that it used are still there."""
+
     def step(self, loss: float | None, optimizers: list[torch.optim.Optimizer]) -> dict[str, int] | None:
         """Advance by one optimizer step; the new rank of every module if ranks change now, else None."""
         self.t += 1
@@ -125,6 +133,14 @@ class Method:
 
     def changed(self, ranks: dict[str, int]) -> None:
         """The ranks that `step` returned are in force."""
+
+    @property
+    def orders(self) -> dict[str, list[int]]:
+        """
+        Of the ranks that `step` returned: where the vectors that stay are not a module's first, the permutation of its vectors that makes
+        them the first. Held in `step_state`, so that one process can decide for all.
+        """
+        return {}
 
     @property
     def parks(self) -> bool:

@@ -1,11 +1,13 @@
 """Drop-in layers."""
 
+from .adalora_linear import AdaLoraLinear
 from .frozen import dequantised_weight, is_conv1d, is_linear, is_quantised, linear_shape
 from .lora_group import LoraGroup
 from .lora_linear import LoraLinear
 from .nora_linear import NoRALinear, Outer, nora_serial_ref
 
 __all__ = [
+    "AdaLoraLinear",
     "LoraGroup",
     "LoraLinear",
     "NoRALinear",

@@ -6,7 +6,7 @@ from torch import nn
 from ..ops._checks import check_dropout, check_finite_number
 from ..ops._library import accumulation_dtype
 from ..ranks import RankedPair
-from .frozen import is_conv1d, is_linear, is_quantised, linear_shape
+from .frozen import is_conv1d, is_linear, is_quantised, is_sharded, linear_shape
 
 
 class AdaptedLinear(nn.Module):
@@ -75,6 +75,12 @@ class AdaptedLinear(nn.Module):
         """(A_eff (R, K), B_eff (N, R)), detached: scaling · B_eff A_eff is what the layer adds to its base's weight."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def set_factors(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
+        """The pair (R, ·), (·, R) of plain factors of the rank that it has: what the layer adds is scaling · B A then."""
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+
     def residual_factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(A_0 (q, K), B_0 (N, q)) of what was taken out of the base's weight, scaling · B_0 A_0; None where nothing was."""
         return None
@@ -84,8 +90,13 @@ class AdaptedLinear(nn.Module):
         """
         W + scaling · B_eff A_eff, computed in float32 (float64 for float64) and rounded once; shape and dtype of `weight`.
 
-        Raises: ValueError (a quantised base).
+        Raises: ValueError (a quantised base, or a sharded one).
         """
+        if is_sharded(self.base_layer):
+            raise ValueError(
+                "merge: base_layer must not be sharded, got one of FSDP's or of DTensors: save the adapter, and merge it into a model that "
+                "is whole"
+            )
         if is_quantised(self.base_layer):
             kind = type(self.weight if type(self.base_layer) is nn.Linear else self.base_layer).__name__
             raise ValueError(f"merge: base_layer must not be quantised, got {kind}: dequantise first")

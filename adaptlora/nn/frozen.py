@@ -33,6 +33,12 @@ def is_quantised(module: nn.Module) -> bool:
     return _bitsandbytes_class(module) is not None
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP holds the module's weights, of which it may have put parts together for now, or they are DTensors of another engine."""
+    # The names by which they are known without importing torch.distributed.tensor, which takes seconds.
+    return getattr(module, "_is_fsdp_managed_module", False) or hasattr(module.weight, "full_tensor")
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a layer can wrap the module: nn.Linear itself, transformers' Conv1D, or a linear that `is_quantised`.
 
@@ -54,8 +60,13 @@ def dequantised_weight(module: nn.Module) -> torch.Tensor:
     """
     (N, K) weight of a module that `is_linear` accepts: float32 where it is quantised, else a view of the weight in its own dtype.
 
-    Raises: ValueError (a bitsandbytes linear that no move to a device has quantised yet).
+    Raises: ValueError (a weight that is sharded; a bitsandbytes linear that no move to a device has quantised yet).
     """
+    if is_sharded(module):
+        raise ValueError(
+            "dequantised_weight: module must not be sharded, got one of FSDP's or of DTensors: what is made from whole weights "
+            "must be made before fully_shard"
+        )
     weight = module.weight.detach()
     if is_conv1d(module):
         return weight.t()
@@ -77,19 +88,19 @@ def dequantised_weight(module: nn.Module) -> torch.Tensor:
 
 
 def adapted(
-    base_layer: nn.Module, x: torch.Tensor, lora_A, lora_B, *, scaling: float, dropout_p: float
+    base_layer: nn.Module, x: torch.Tensor, lora_A, lora_B, *, scaling: float, dropout_p: float, rank_scale=None
 ) -> torch.Tensor:
     """
-    y = base_layer(x) + scaling · drop(x) Aᵀ Bᵀ          [LoRA, arXiv:2106.09685, eq. 3]
+    y = base_layer(x) + scaling · drop(x) Aᵀ diag(E) Bᵀ          [LoRA, arXiv:2106.09685, eq. 3]
 
     Args:
         base_layer: a module that `is_linear` accepts, frozen. Plain: one `lora_linear`; quantised: its own y, then `lora_delta_`.
         x: (..., K).   lora_A: (R, K).   lora_B: (N, R).   dtypes as in `lora_linear`, or for a quantised base as in `lora_delta_`.
-        scaling, dropout_p: as in `lora_linear`.
+        scaling, dropout_p, rank_scale (E): as in `lora_linear`.
     Returns: y (..., N) of the dtype that the base returns, under autocast too.
     Raises: as these ops.
     """
-    options = {"scaling": scaling, "dropout_p": dropout_p}
+    options = {"scaling": scaling, "rank_scale": rank_scale, "dropout_p": dropout_p}
     if is_quantised(base_layer):
         # In two dimensions: bitsandbytes makes y of a longer x a view that nobody may change in place.
         tokens = as_2d(x)

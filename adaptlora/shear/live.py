@@ -86,17 +86,17 @@ class _AdapterHandle:
         self.adapter = adapter
 
     def modules(self) -> dict[str, LoraModule]:
+        factors = {name: layer.effective_factors() for name, layer in self.adapter.layers.items() if layer.rank}
         return {
             name: LoraModule(
                 name=name,
-                lora_A=layer.lora_A.detach(),
-                lora_B=layer.lora_B.detach(),
-                scaling=layer.scaling,
+                lora_A=lora_A,
+                lora_B=lora_B,
+                scaling=self.adapter.layers[name].scaling,
                 bias=None,
-                fan_in_fan_out=layer.fan_in_fan_out,
+                fan_in_fan_out=self.adapter.layers[name].fan_in_fan_out,
             )
-            for name, layer in self.adapter.layers.items()
-            if layer.rank
+            for name, (lora_A, lora_B) in factors.items()
         }
 
     def weight(self, name: str) -> torch.Tensor:
