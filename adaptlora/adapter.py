@@ -1,5 +1,6 @@
 """attach(model, config) -> Adapter: the one object a user holds."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -10,6 +11,8 @@ from torch import nn
 
 from . import io, nora_files
 from .config import LoraConfig
+from .distributed.distribution import Distribution, must_distribute
+from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear, Outer
 from .optimizer_state import check_optimizer
@@ -190,6 +193,7 @@ class Adapter:
         self._required = required
         self._unmerged: dict[str, nn.Parameter] | None = None
         self._attached = True
+        self._distribution, self._distributed = Distribution(), False
         self._watched = weakref.WeakSet()
         self._seen: set[tuple] | None = None
         self._fused: dict[nn.Module, int] = {}
@@ -287,24 +291,36 @@ class Adapter:
         Tell the method that an optimizer step was made. Ranks may change here, physically and with optimizer state.
 
         Args:
-            loss: task loss of that step without the penalty: number or one-element tensor. Only adaptive schedules need it; it is
-                checked where it is given, but on a GPU nobody waits for one that is not needed.
+            loss: task loss of that step without the penalty: number or one-element tensor. Only adaptive schedules need it, of several
+                processes the mean; it is checked where it is given, but on a GPU, or among several processes, nobody waits for one
+                that is not needed.
         Returns: RankChange if ranks changed, else None.
         Raises: NonFiniteError, a ValueError (the loss, or norms that ranks are decided by), ValueError (loss missing, optimizer not
             tracked), TypeError (an optimizer's state that cannot follow). Ranks, weights, optimizer state and the method are then as
             before, and the step was not counted: what it was to do is for the next call to do.
         """
         self.check_trainable("step")
-        value = self._loss_value(loss)
+        return self._step(self._loss_value(loss))
+
+    def _step(self, value: float | None) -> RankChange | None:
         optimizers = self._tracked_optimizers() if self.method.needs_optimizer() else []
+        if optimizers and not self._distributed and must_distribute():
+            raise ValueError(
+                "step: among several processes ranks must change on all of them together: adapter.distribute(model) must be called once "
+                "the model is wrapped, and was not (distribute(process_group=…) with a group of this process alone keeps it to itself)"
+            )
         state = self.method.step_state()
         kept = [factor.detach().clone() for factor in self.factors()] if self.method.writes_before_change() else []
+        before = self.ranks()
         try:
-            ranks = self.method.step(value, optimizers)
+            if self.processes.size > 1 and self.method.may_change():
+                ranks = self._step_together(value, optimizers, before)
+            else:
+                ranks = self.method.step(value, optimizers)
+                if ranks is not None:
+                    self._commit(ranks, compact=not self.method.parks)
             if ranks is None:
                 return None
-            before = self.ranks()
-            self._commit(ranks, compact=not self.method.parks)
         except BaseException:
             self.method.load_state_dict(state)
             with torch.no_grad():
@@ -316,11 +332,20 @@ class Adapter:
         self.method.changed(ranks)
         return RankChange(self.method.t, before, ranks)
 
-    def _commit(self, ranks: dict[str, int], *, compact: bool) -> None:
+    def _step_together(self, value, optimizers, before: dict[str, int]) -> dict[str, int] | None:
+        """The method's step in which one process decides for all, and in which all change ranks or none."""
+        with self._distribution.agreement() as agreement:
+            ranks = self._distribution.decide(self.method, lambda: self.method.step(value, optimizers))
+            if ranks is not None:
+                change = {name: [before[name], rank] for name, rank in ranks.items()}
+                self._commit(ranks, compact=not self.method.parks, prepared=lambda: agreement.reached(change))
+        return ranks
+
+    def _commit(self, ranks: dict[str, int], *, compact: bool, prepared=None) -> None:
         # Vectors that never were there are drawn alike whatever else drew random numbers.
         generator = torch.Generator().manual_seed(self.config.seed + self.method.t)
         pairs = {name: layer.pair for name, layer in self.layers.items()}
-        commit_ranks(pairs, ranks, orders=self.method.orders, compact=compact, generator=generator)
+        commit_ranks(pairs, ranks, orders=self.method.orders, compact=compact, generator=generator, prepared=prepared)
 
     def compact(self) -> None:
         """
@@ -335,16 +360,20 @@ class Adapter:
             self.method.compacted()
 
     def _loss_value(self, loss) -> float | None:
+        needed = self.method.needs_loss()
         if loss is None:
-            if self.method.needs_loss():
+            if needed:
                 raise ValueError("step: loss must be given to an adaptive schedule, got None")
             return None
-        if isinstance(loss, torch.Tensor) and loss.device.type != "cpu" and not self.method.needs_loss():
+        elsewhere = isinstance(loss, torch.Tensor) and loss.device.type != "cpu"
+        if not needed and (elsewhere or self.processes.size > 1):
             return None
         try:
             value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"step: loss must be a number or a one-element tensor, got {loss!r}") from error
+        if self.processes.size > 1:
+            value = self._distribution.mean(value)
         if not math.isfinite(value):
             raise NonFiniteError(f"step: loss must be finite, got {value}")
         return value
@@ -377,6 +406,60 @@ class Adapter:
         from .integrations.transformers import AdapterCallback
 
         return AdapterCallback(self, **options)
+
+    # Several processes
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train this adapter together, as `distribute` was told; one by itself otherwise."""
+        return self._distribution.processes
+
+    def distribute(self, model=None, *, process_group=None, comm_hook=None, timeout=None) -> None:
+        """
+        Train with the other processes of torch.distributed: gradients are averaged, and ranks change on all processes or on none. Every
+        process calls it once, after the model was wrapped and before the first backward pass.
+
+        Gradients of all that trains travel in one buffer for each dtype, as long as the ranks of that moment say, in one all-reduce that
+        begins when the last of them is there. DistributedDataParallel keeps its `no_sync`, `join` and buffers; its reducer goes.
+
+        Args:
+            model: DistributedDataParallel(model); the model itself after fully_shard(…, ignored_params=set(adapter.factors())), whose
+                own sharded parameters FSDP goes on reducing; or the model as it is, or None for it: then nothing is wrapped.
+            process_group: of the all-reduce; None for the wrapper's, or all processes. A group of one leaves everything as it is.
+            comm_hook: (state, hook) in the place of the average: hook(state, bucket) -> Future of the buffer, as DDP's hooks are; None for
+                the one that DDP was given.
+            timeout: timedelta to wait for other processes when ranks change; None for torch's.
+        Raises: ValueError (no process group; not the adapter's model; factors that are sharded; processes with other ranks, or at other
+            steps), in all processes.
+        """
+        from .distributed.setup import distribute
+
+        self.check_trainable("distribute")
+        new = distribute(self, model, process_group=process_group, comm_hook=comm_hook, timeout=timeout)
+        self._distribution.close()
+        self._distribution, self._distributed = new, True
+
+    def no_sync(self):
+        """A context whose backward passes leave this process its own gradients: of all but the last micro-batch, and of a penalty alone."""
+        gradients = self._distribution.gradients
+        return contextlib.nullcontext() if gradients is None else gradients.paused()
+
+    def follow_step(self) -> None:
+        """A step that others make while this process has no more data: ranks and method follow, weights when all are through."""
+        self._distribution.joined = True
+        # One that is refused is refused in the processes that made it, too.
+        with contextlib.suppress(NonFiniteError):
+            value = self._distribution.mean(0.0) if self.method.needs_loss() else None
+            if value is not None and not math.isfinite(value):
+                return
+            self._step(value)
+
+    def take_state_of(self, process: int) -> None:
+        """All processes have no more data: what trains, its optimizers' state and the method's become those of `process`."""
+        from .distributed.state import broadcast_state
+
+        self._distribution.joined = False
+        broadcast_state(self, list(self._watched), process)
 
     # What it is now
 
@@ -628,6 +711,7 @@ class Adapter:
             trained = next(self.saved[name].parameters(), None)
             _replace(self.model, name, module if trained is None else module.to(trained.device, trained.dtype))
         self._restore_fused_encoders()
+        self._distribution.close()
         self.method.end()
         _require_grad(self.model, self._required)
         self._attached = False

@@ -90,7 +90,7 @@ class LaLoRA(Method):
         self.truncated: list[list[float]] | None = None  # ‖A‖ and ‖B‖ of every module then, likewise
         self.start: list[int] = list(self.group_ranks)
         self._made = array("q")  # step, group, rank of every change: nothing but numbers, since it grows with the run
-        self._changes: list[list[int]] = []  # of the step that is being made
+        self._ranks_before: list[int] = []  # of the step that is being made
 
     @staticmethod
     def first_rank(config, r: int) -> int:
@@ -114,6 +114,9 @@ class LaLoRA(Method):
 
     def needs_optimizer(self) -> bool:
         return not self.final
+
+    def may_change(self) -> bool:
+        return not self.final and (self.t + 1) % self.config.interval == 0
 
     @property
     def parks(self) -> bool:
@@ -190,15 +193,12 @@ class LaLoRA(Method):
         contributions = self._contributions(norms)
         self.budget = next_budget(self.budget, growths, self.config.gamma, self.caps)
         ranks = allocate(contributions, self.budget, self.caps, self.config.temperature)
-        self._changes = [
-            [self.t, i, r] for i, (r, old) in enumerate(zip(ranks, self.group_ranks, strict=True)) if r != old
-        ]
         own_sizes = self._sizes(norms)
-        self.group_ranks = ranks
+        self._ranks_before, self.group_ranks = self.group_ranks, ranks
         self._measure(norms)
         if self.config.growth == "own":
             self.sizes = own_sizes
-        if not self._changes:
+        if ranks == self._ranks_before:
             return None
         return {name: ranks[group] for name, group in zip(self.layers, self.group_of, strict=True)}
 
@@ -245,8 +245,9 @@ class LaLoRA(Method):
         return [total / rank for total, rank in zip(sums, self.group_ranks, strict=True)]
 
     def changed(self, ranks: dict[str, int]) -> None:
-        for change in self._changes:
-            self._made.extend(change)
+        for group, (rank, before) in enumerate(zip(self.group_ranks, self._ranks_before, strict=True)):
+            if rank != before:
+                self._made.extend((self.t, group, rank))
 
     @property
     def changes(self) -> list[list[int]]:

@@ -99,9 +99,14 @@ class NormAL(Method):
     def awaits_clip(self) -> bool:
         return not self.clipped
 
-    def writes_before_change(self) -> bool:
+    def may_change(self) -> bool:
+        if self.clipped:
+            return False
         adaptive = self.config.schedule == "adaptive" and self.t + 1 >= self.config.min_steps
-        return self._shrinks() and (adaptive or self.t + 1 == self.t_c)
+        return adaptive or self.t + 1 == self.t_c
+
+    def writes_before_change(self) -> bool:
+        return self._shrinks() and self.may_change()
 
     def check_ranks(self, ranks: dict[str, int]) -> None:
         if self.budget is not None and not self.clipped:
