@@ -21,7 +21,7 @@ from .checkpoint_files import (
     write_manifest,
 )
 from .distributed.processes import Processes
-from .distributed.state import share_state
+from .distributed.state import check_same, share_state
 from .encoding import decode, encode
 from .files import LEFTOVER, atomic_folder, locked
 from .integrations import trainer_checkpoint
@@ -73,7 +73,7 @@ def save_checkpoint(folder, adapter, optimizer, *, step: int, scheduler=None, sc
         if keep is not None:
             _check_integer("keep", keep, 1)
         loop = TrainingState(op, adapter, [the_optimizer(op, optimizer)], scheduler, scaler)
-    _check_same(op, processes, "step", step)
+    check_same(op, processes, "step", step)
     state, tensors = loop.gather()
     folder = Path(folder)
     path = folder / f"checkpoint-{step}"
@@ -92,16 +92,6 @@ def save_checkpoint(folder, adapter, optimizer, *, step: int, scheduler=None, sc
                 _write(path, text, tensors, step)
                 _drop_older(folder, step, keep)
     return path
-
-
-def _check_same(op: str, processes: Processes, what: str, value, advice: str = "") -> None:
-    """Raises: ValueError, in all processes, if they were not given the same."""
-    told = processes.gather(value, doing=f"{op}: {what}")
-    for rank, other in enumerate(told):
-        if other != told[0]:
-            raise ValueError(
-                f"{op}: {what} must be the same in all processes, got {told[0]} in process 0, {other} in process {rank}{advice}"
-            )
 
 
 def _check_integer(name: str, value, least: int) -> None:
@@ -257,7 +247,7 @@ def load_checkpoint(path, adapter, optimizer, *, scheduler=None, scaler=None) ->
         named; another path than the other processes'); nothing has changed then, in no process.
     """
     op, path, processes = "load_checkpoint", Path(path), adapter.processes
-    _check_same(op, processes, "path", path.name, f" ({_SAME})")
+    check_same(op, processes, "path", path.name, f" ({_SAME})")
     state, tensors = {}, {}
     with processes.agreement(op):
         loop = TrainingState(op, adapter, [the_optimizer(op, optimizer)], scheduler, scaler)

@@ -11,6 +11,16 @@ from .processes import Processes
 _PIECE = 1 << 28  # bytes of one message
 
 
+def check_same(op: str, processes: Processes, what: str, value, advice: str = "") -> None:
+    """Raises: ValueError, in all processes, if they were not given the same."""
+    told = processes.gather(value, doing=f"{op}: {what}")
+    for rank, other in enumerate(told):
+        if other != told[0]:
+            raise ValueError(
+                f"{op}: {what} must be the same in all processes, got {told[0]} in process 0, {other} in process {rank}{advice}"
+            )
+
+
 def share_state(processes: Processes, state, tensors: dict[str, torch.Tensor], source: int = 0, *, doing: str):
     """
     (state, tensors) of the process `source`, on all; what the others give does not matter.

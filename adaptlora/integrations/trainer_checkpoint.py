@@ -6,12 +6,11 @@ then it removes old checkpoints, then it tells its callbacks. A run that is kill
 
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
 from pathlib import Path
-
-import torch
 
 from ..checkpoint_files import (
     MANIFEST,
@@ -23,23 +22,30 @@ from ..checkpoint_files import (
     step_of,
     write_manifest,
 )
+from ..distributed.processes import Processes
+from ..distributed.state import check_same
 from ..tensor_files import open_tensors
 
 STATE = "trainer_state.json"
 _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 _INDEX = "model.safetensors.index.json"
+_RANDOM = re.compile(r"rng_state(?:_(\d+))?\.pth")
 
 
-def seal(folder, *, first: bool = True) -> None:
+def seal(folder, *, first: bool = True, processes: Processes | None = None) -> None:
     """
     Sync a complete checkpoint to disk and vouch for it: adaptlora_checkpoint.json gets size and SHA-256 of every file, the adapter's too.
 
-    Args: first: whether this process writes. In distributed training every process calls, after it has written its own files.
+    Args:
+        first: whether this process writes.
+        processes: those that train together, adapter.processes. Each calls when it has written its own files; what goes wrong in the one
+            that writes is raised by all.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    if first:
-        _vouch(Path(folder))
+    processes = processes or Processes()
+    processes.gather(None, doing="Trainer: waiting for the files of a checkpoint")
+    with processes.agreement("Trainer"):
+        if first:
+            _vouch(Path(folder))
 
 
 def _vouch(folder: Path) -> None:
@@ -57,10 +63,12 @@ def check(folder) -> None:
     Raises: ValueError that names the first file that keeps a checkpoint of Trainer's from being resumed exactly.
 
     A sealed one is compared with its seal. One that is not, since the run was killed before or had no adapter, is whole if its files
-    can be read to their ends and trainer_state.json, which is written last, is of this step.
+    can be read to their ends, the random states of all processes among them, and trainer_state.json, which process 0 writes last, is of
+    this step. On how many processes it is resumed does not matter: Trainer goes on without random states where there are none.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).exists():
+    sealed, processes = (folder / MANIFEST).exists(), 0
+    if sealed:
         manifest = read_manifest(folder)
         if manifest["kind"] != TRAINER:
             raise ValueError(
@@ -69,18 +77,37 @@ def check(folder) -> None:
         check_files(folder, manifest)
         names = manifest["files"].keys()
     else:
-        _check_state(folder)
+        processes = _processes(_check_state(folder))
         names = {file.name for file in folder.iterdir()}
         _check_weights(folder, names)
-    random = {name for name in names if name.startswith("rng_state") and name.endswith(".pth")}
-    for name in {_OPTIMIZER, _SCHEDULER} - names or ({"rng_state.pth"} if not random else ()):
+    random = {name for name in names if _RANDOM.fullmatch(name)}
+    # A seal names all that there were, and disks that nodes do not share have the files of their own processes alone.
+    lost = None if sealed and random else _lost_random_state(random, processes)
+    for name in sorted({_OPTIMIZER, _SCHEDULER} - names) or ([lost] if lost else []):
         raise ValueError(
             f"{folder / name} is missing: the checkpoint cannot be resumed exactly (save_only_model leaves it out; or it was "
             "lost)"
         )
-    if not (folder / MANIFEST).exists():
+    if not sealed:
         for name in sorted({_OPTIMIZER, _SCHEDULER, *random} | ({_SCALER} & names)):
             _check_zip(folder / name)
+
+
+def _processes(state: dict) -> int:
+    """How many there were, as AdapterCallback notes; 0 if it does not say."""
+    try:
+        return int(state["stateful_callbacks"]["AdapterCallback"]["attributes"]["processes"])
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def _lost_random_state(names: set[str], processes: int) -> str | None:
+    """The first file of random states that must be beside `names`: one, or one of each process."""
+    numbers = [int(number) for name in names if (number := _RANDOM.fullmatch(name)[1]) is not None]
+    if not numbers and processes <= 1:
+        return None if names else "rng_state.pth"
+    every = (f"rng_state_{i}.pth" for i in range(max([processes, *(number + 1 for number in numbers)])))
+    return next((name for name in every if name not in names), None)
 
 
 def _check_state(folder: Path) -> dict:
@@ -121,17 +148,28 @@ def _check_zip(file: Path) -> None:
         raise ValueError(f"{file} must be a whole file of torch.save's, and {bad} in it is damaged")
 
 
-def check_resumed(output_dir, state, optimizer=None, scheduler=None, *, first: bool = True) -> None:
+def check_resumed(
+    output_dir, state, optimizer=None, scheduler=None, *, first: bool = True, processes: Processes | None = None
+) -> None:
     """
     For `on_train_begin`, when Trainer has loaded what it resumes from: that must have been a whole checkpoint.
 
     Which one it was Trainer does not say: checkpoint-<global_step> in `output_dir` if its state is the one that was loaded. What a
     killed run left whole but unsealed there is sealed, before Trainer writes over it.
 
-    Args: state: TrainerState.   optimizer, scheduler: Trainer's, as callbacks get them.   first: whether this process may write.
-    Raises: ValueError that names the file, and the checkpoint to resume from instead.
+    Args:
+        state: TrainerState.   optimizer, scheduler: Trainer's, as callbacks get them.   first: whether this process may write.
+        processes: those that train together: all call, and must resume from the same step.
+    Raises: ValueError that names the file, and the checkpoint to resume from instead; in all processes.
     """
-    output_dir = Path(output_dir)
+    processes = processes or Processes()
+    advice = " (adaptlora.last_checkpoint(folder, processes=…) gives all the same checkpoint)"
+    check_same("Trainer", processes, "the step to resume from", state.global_step, advice)
+    with processes.agreement("Trainer"):
+        _check_resumed(Path(output_dir), state, optimizer, scheduler, first)
+
+
+def _check_resumed(output_dir: Path, state, optimizer, scheduler, first: bool) -> None:
     if state.global_step and not _check_source(output_dir, state):
         began = scheduler is None or getattr(scheduler, "last_epoch", 0) > 0
         if optimizer is not None and not optimizer.state_dict()["state"] and not began:

@@ -48,7 +48,8 @@ class AdapterCallback(TrainerCallback, ExportableState):
     Every training log gets `log_values`. Each checkpoint gets a PEFT adapter in its folder `adapter/`, the method's state in its
     trainer_state.json, from which `resume_from_checkpoint` and `load_best_model_at_end` take it, and last a list of checksums: one
     that is damaged or half-written is refused by name, and `adaptlora.last_checkpoint(output_dir)` finds the one before it. Under
-    torch_compile one compilation serves all ranks.
+    torch_compile one compilation serves all ranks. Among several processes (torchrun, accelerate launch) the adapter is distributed when
+    training begins, see `Adapter.distribute`.
 
     Args:
         log_modules: also log every module's rank.
@@ -73,7 +74,8 @@ class AdapterCallback(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """What Trainer writes into a checkpoint beside the model's own tensors."""
         scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
-        return {"args": {}, "attributes": {"method": self.adapter.method.state_dict(), "scalings": scalings}}
+        attributes = {"method": self.adapter.method.state_dict(), "scalings": scalings}
+        return {"args": {}, "attributes": attributes | {"processes": self.adapter.processes.size}}
 
     def _restore(self, stateful_callbacks: dict) -> None:
         saved = stateful_callbacks.get(type(self).__name__)
@@ -102,8 +104,9 @@ class AdapterCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self._training.close()  # of a training that an error ended
+        processes, first = self.adapter.processes, state.is_world_process_zero
         trainer_checkpoint.check_resumed(
-            args.output_dir, state, optimizer, lr_scheduler, first=state.is_world_process_zero
+            args.output_dir, state, optimizer, lr_scheduler, first=first, processes=processes
         )
         if state.global_step:
             self._restore(state.stateful_callbacks)
@@ -118,12 +121,21 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self._refused = 0
         self._unsaved = False
         trainer = _running_trainer()
+        if args.world_size > 1:
+            self._distribute(trainer)
         if trainer is not None:
             self._go_first(trainer.callback_handler.callbacks)
             if method.needs_loss():
                 self._watch_losses(trainer)
         if args.torch_compile and method.needs_optimizer():
             self._training.enter_context(dynamic_ranks(self.adapter))
+
+    def _distribute(self, trainer: Trainer | None) -> None:
+        if trainer is None:
+            raise ValueError(
+                "Trainer: among several processes the callback must be called by a transformers Trainer, got none on the stack"
+            )
+        self.adapter.distribute(trainer.model_wrapped)
 
     def _go_first(self, callbacks: list) -> None:
         """Reporters come before callbacks that users add: what is to be in a log must be there before them."""
@@ -152,7 +164,9 @@ class AdapterCallback(TrainerCallback, ExportableState):
         penalty = self.adapter.method.penalty()
         if penalty is not None:
             scaler = getattr(optimizer, "scaler", None)
-            (penalty if scaler is None else scaler.scale(penalty)).backward()
+            # It is the same in all processes, and is averaged with the last micro-batch.
+            with self.adapter.no_sync():
+                (penalty if scaler is None else scaler.scale(penalty)).backward()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         scaler = getattr(optimizer, "scaler", None)
@@ -196,9 +210,11 @@ class AdapterCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
-            self._save_adapter(folder / ADAPTER_FOLDER)
-        trainer_checkpoint.seal(folder, first=state.is_world_process_zero)
+        processes, first = self.adapter.processes, state.is_world_process_zero
+        with processes.agreement("Trainer"):
+            if first:
+                self._save_adapter(folder / ADAPTER_FOLDER)
+        trainer_checkpoint.seal(folder, first=first, processes=processes)
 
     def _save_adapter(self, folder: Path) -> None:
         try:
