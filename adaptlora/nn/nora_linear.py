@@ -12,7 +12,7 @@ from ..ops._checks import check_finite, check_tensor
 from ..ranks import RankedPair
 from .adapted_linear import AdaptedLinear
 from .composed import ComposedFactors, compose
-from .frozen import adapted, is_quantised
+from .frozen import adapted, is_quantised, is_sharded
 
 OP = "NoRALinear"
 INNER_INITS = ("sigma", "kaiming", "orthogonal")
@@ -233,7 +233,10 @@ class NoRALinear(AdaptedLinear):
         """
         Undo `apply_residual`: the original parameter, tied to whatever it was tied to and moved to where the base is now; or with
         keep_original=False a new one, (W − ΔW_0) + ΔW_0 rounded once more.
+
+        Raises: ValueError (W − ΔW_0 was sharded since); nothing has changed then.
         """
+        self._check_whole()
         if self._as_correction:
             self._as_correction = False
             self.forget_composed()
@@ -249,11 +252,24 @@ class NoRALinear(AdaptedLinear):
         self.base_layer.to(**now)  # moves the parameter itself, as the model's own moves would have
         self._in_weight, self.rounding_error = False, 0.0
 
+    def _check_whole(self) -> None:
+        """Raises: ValueError if the base's weight was rewritten, and sharded since: FSDP keeps what it was given."""
+        if self._in_weight and is_sharded(self.base_layer):
+            raise ValueError(
+                f"{OP}: base_layer must not be sharded while W − ΔW_0 is its weight, for W to come back, got one of FSDP's or of DTensors: "
+                "save the adapter and load it on a model that is whole"
+            )
+
+    def _differs(self, outer: Outer) -> bool:
+        return not all(torch.equal(own, other.to(own)) for own, other in zip(self.outer, outer, strict=True))
+
     def check_outer(self, outer: Outer) -> None:
         """Raises: TypeError, ValueError if `outer` cannot take the place of the layer's own."""
         _check_outer(outer, self.in_features, self.out_features)
         if outer.S.shape != self.outer_S.shape:
             raise ValueError(f"{OP}: outer.S must have shape {tuple(self.outer_S.shape)}, got {tuple(outer.S.shape)}")
+        if self._differs(outer):
+            self._check_whole()
 
     @property
     def residual(self) -> tuple[int, float] | None:
@@ -267,12 +283,11 @@ class NoRALinear(AdaptedLinear):
         Raises: TypeError, ValueError (another shape, values that are not finite); nothing has changed then.
         """
         self.check_outer(outer)
-        pairs = list(zip(self.outer, outer, strict=True))
-        if all(torch.equal(own, other.to(own)) for own, other in pairs):
+        if not self._differs(outer):
             return
         applied = self._in_weight or self._as_correction
         self.restore_base()
-        for own, other in pairs:
+        for own, other in zip(self.outer, outer, strict=True):
             own.copy_(other)
         if applied:
             self.apply_residual()

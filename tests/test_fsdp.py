@@ -1,0 +1,268 @@
+"""FSDP2 shards the frozen base, and adapters train on it as on a whole one; gloo on the CPU, where it runs as on GPUs."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import adaptlora
+from tests.models import randomise
+from tests.numerics import assert_accurate
+from tests.processes import run
+
+D, BATCH, STEPS = 12, 8, 5
+ADAPTED = ["up", "down"]
+METHODS = {
+    "lora": adaptlora.LoraConfig(r=3, target_modules=ADAPTED, modules_to_save=["head"]),
+    "normal": adaptlora.NormALConfig(r=4, target_r=2, target_modules=ADAPTED, t_p=2, t_c=3),
+    "proximal": adaptlora.NormALConfig(
+        r=4, target_r=2, target_modules=ADAPTED, t_p=2, t_c=3, penalty_step="proximal", eta_p=1.0
+    ),
+    "adaptive": adaptlora.NormALConfig(
+        r=4, target_r=2, target_modules=ADAPTED, schedule="adaptive", min_steps=2, lambda_p=10.0, lambda_c=10.0
+    ),
+    "lalora": adaptlora.LaLoRAConfig(r=4, target_modules=ADAPTED, gamma=2.0, temperature=0.5, group_by="module"),
+    "nora": adaptlora.NoRAConfig(r=3, r_out=8, target_modules=ADAPTED),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.up = nn.Linear(D, 2 * D, dtype=dtype)
+        self.down = nn.Linear(2 * D, D, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Model(nn.Module):
+    """Two blocks and a head; with `checkpointed`, blocks are computed again in the backward pass."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(dtype) for _ in range(2))
+        self.head = nn.Linear(D, 3, dtype=dtype)
+        self.checkpointed = False
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.head(x)
+
+
+def adapted(method: str, dtype=torch.float64):
+    """(model, adapter) whose factors all have values, the same on every process."""
+    model = Model(dtype)
+    adapter = adaptlora.attach(model, METHODS[method])
+    randomise(adapter)
+    return model, adapter
+
+
+def shard(model: Model, ignored=None, *, mesh=None, **options) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    size = torch.distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (size,)) if mesh is None else mesh
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
+
+
+def data(step: int, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, D, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(0, 3, (BATCH,), generator=generator)
+
+
+def gradients(model, adapter) -> dict[str, torch.Tensor]:
+    """Of one backward pass over all of a batch; also the outputs."""
+    x, labels = data(0, next(model.parameters()).dtype)
+    model.zero_grad()
+    y = model(x)
+    nn.functional.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y, labels).backward()
+    factors = {
+        f"{name}.{f}": getattr(layer, f).grad for name, layer in adapter.layers.items() for f in ("lora_A", "lora_B")
+    }
+    return {"y": y.detach(), **{name: grad.clone() for name, grad in factors.items()}}
+
+
+# The layers over a base that is put together for each pass
+
+
+def _gradients_of_shards(method: str, dtype: torch.dtype) -> dict[str, dict]:
+    """{how it is sharded: what `gradients` returns}"""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    cases = {
+        "default": {},
+        "resharded": {"reshard_after_forward": True},
+        "kept": {"reshard_after_forward": False},
+        "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "checkpointed": {},
+    }
+    found = {}
+    for case, options in cases.items():
+        model, adapter = adapted(method, dtype)
+        shard(model, set(adapter.parameters()), **options)
+        model.checkpointed = case == "checkpointed"
+        weight = model.blocks[0].up.base_layer.weight
+        assert weight.to_local().numel() == weight.numel() // 2
+        used, bytes_later = [], []
+        model.blocks[0].up.register_forward_pre_hook(lambda layer, _, used=used: used.append(layer.weight))
+        model.blocks[1].register_forward_pre_hook(
+            lambda *_, used=used, later=bytes_later: later.append(used[0].untyped_storage().nbytes())
+        )
+        found[case] = gradients(model, adapter)
+        assert (bytes_later[0] > 0) == (case == "kept"), "FSDP must have freed the weight that the layer saved"
+        found[f"{case} again"] = gradients(model, adapter)
+    return found
+
+
+def _mixed_precision(method: str) -> dict[str, torch.Tensor]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model, adapter = adapted(method, torch.float32)
+    shard(model, set(adapter.factors()), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    return gradients(model, adapter)
+
+
+def _layers() -> dict:
+    torch.use_deterministic_algorithms(True)  # memory is NaN until it is written
+    found = {
+        (method, dtype): _gradients_of_shards(method, dtype)
+        for method in ("lora", "nora")
+        for dtype in (torch.float64, torch.float32)
+    }
+    return found | {(method, torch.bfloat16): _mixed_precision(method) for method in ("lora", "nora")}
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return run(2, _layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("method", ["lora", "nora"])
+def test_gradients_over_shards_are_those_over_a_whole_base(layers, method, dtype):
+    whole = gradients(*adapted(method, dtype))
+    for of_process in layers:
+        for case, found in of_process[method, dtype].items():
+            for name, expected in whole.items():
+                torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-10, msg=f"{case}: {name}")
+
+
+@pytest.mark.parametrize("method", ["lora", "nora"])
+def test_a_half_precision_base_is_no_worse_for_being_sharded(layers, method):
+    exact = gradients(*adapted(method))
+    model, adapter = adapted(method, torch.float32)
+    for layer in adapter.layers.values():
+        layer.base_layer.bfloat16()
+    model.head.bfloat16()
+    model.register_forward_pre_hook(lambda _, arguments: (arguments[0].bfloat16(),))
+    whole = gradients(model, adapter)
+    for of_process in layers:
+        for name, found in of_process[method, torch.bfloat16].items():
+            assert_accurate(name, found, exact[name], whole[name], precision=torch.bfloat16)
+
+
+# Training with others
+
+
+def train(method: str, *, shared=False, accumulated=False, checkpointed=False, saved=False, mesh=None):
+    """
+    ({name: parameter that trains}, ranks after each step) of training on all of each batch, or on this process's share of it.
+
+    accumulated: in two micro-batches, of which the first is not synchronised.   saved: FSDP has the head, which is trained whole.
+    """
+    model = Model()
+    adapter = adaptlora.attach(model, METHODS[method])
+    if shared:
+        shard(model, set(adapter.factors() if saved else adapter.parameters()), mesh=mesh)
+        adapter.distribute(model)
+    model.checkpointed = checkpointed
+    processes = adapter.processes
+    whole = [p for module in adapter.saved.values() for p in module.parameters()]
+    # A foreach optimizer takes no DTensors and plain tensors in one group.
+    groups = [{"params": parameters} for parameters in (adapter.factors(), whole) if parameters]
+    optimizer = torch.optim.AdamW(groups, lr=3e-2)
+    adapter.track(optimizer)
+    ranks = []
+    for step in range(STEPS):
+        x, labels = (tensor[processes.rank :: processes.size] for tensor in data(step))
+        losses = []
+        for part, of_part in [(x, labels)] if not accumulated else zip(x.chunk(2), labels.chunk(2), strict=True):
+            last = not accumulated or len(losses) == 1
+            if shared:
+                model.set_requires_gradient_sync(last)
+            losses.append(nn.functional.cross_entropy(model(part), of_part) / (1 + accumulated))
+            (losses[-1] + adapter.penalty() if last else losses[-1]).backward()
+            sums = processes.gather(sum(p.grad.sum().item() for p in adapter.factors()))
+            assert not shared or (len(set(sums)) == 1) == last, (
+                f"gradients must be averaged when asked for, got sums {sums}"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.step(sum(losses).detach())
+        ranks.append(adapter.ranks())
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trained.items()}, ranks
+
+
+CASES = {(method, "plain"): {} for method in ("lora", "normal", "lalora")}
+CASES |= {(method, "accumulated"): {"accumulated": True, "checkpointed": True} for method in METHODS}
+CASES["lora", "saved"] = {"saved": True}
+CASES["lora", "saved, accumulated"] = {"saved": True, "accumulated": True}
+
+
+def _training() -> dict:
+    return {(method, case): train(method, shared=True, **options) for (method, case), options in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def training():
+    return run(2, _training)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {method: train(method) for method in METHODS}
+
+
+def assert_same_training(found, expected) -> None:
+    for (trained, ranks), (trained_alone, ranks_alone) in zip(found, [expected] * len(found), strict=True):
+        assert ranks == ranks_alone
+        assert trained.keys() == trained_alone.keys()
+        for name, p in trained_alone.items():
+            torch.testing.assert_close(
+                trained[name], p, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+@pytest.mark.parametrize(("method", "case"), CASES)
+def test_processes_train_as_one_does(training, alone, method, case):
+    assert_same_training([of_process[method, case] for of_process in training], alone[method])
+
+
+def test_ranks_change_where_they_are_meant_to(alone):
+    changes = {method: sum(a != b for a, b in itertools.pairwise(ranks)) for method, (_, ranks) in alone.items()}
+    assert changes.pop("lalora") > 1
+    assert changes == {"lora": 0, "normal": 1, "proximal": 1, "adaptive": 1, "nora": 0}
+
+
+def _replicated_shards() -> dict:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return {
+        method: train(method, shared=True, saved=True, accumulated=True, mesh=mesh) for method in ("lora", "lalora")
+    }
+
+
+def test_shards_that_are_replicated_train_as_one_process_does(alone):
+    found = run(4, _replicated_shards)
+    for method in found[0]:
+        assert_same_training([of_process[method] for of_process in found], alone[method])
