@@ -154,13 +154,18 @@ class RankedPair(nn.Module):
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A (capacity, K), B (N, capacity)): all vectors, the parked ones behind the active ones; views, without gradient."""
+        lora_A, lora_B, *_ = self.whole_rows()
+        return lora_A, lora_B.t()
+
+    def whole_rows(self) -> list[torch.Tensor]:
+        """(capacity, ·) of every factor, rank-major: all vectors, the parked ones behind the active ones; views, without gradient."""
         stores = []
-        for name in FACTORS:
+        for name in self.factor_names:
             store = self._stores[name]
             # Called for every module in every step: what `_data_slot` checks more closely is nearly always so.
             same = self._parameters[name].data_ptr() == store.data_ptr() and self._parameters[name].dtype == store.dtype
             stores.append(store if same else self._data_slot(name).store)
-        return stores[0], stores[1].t()
+        return stores
 
     def extra_repr(self) -> str:
         return f"K={self.lora_A.shape[1]}, N={self.lora_B.shape[0]}, rank={self.rank}, capacity={self.capacity}"
