@@ -14,10 +14,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# A layer through the op, the ops' namespace, the kernels' package, and what another package called `kernels` sees.
+# In each folder, each time in a child, so that torch is imported once: a layer through the op, the ops' namespace, the kernels'
+# package, and what another package called `kernels` sees; then the command `adaptlora.cli doctor`.
 CHECK = """
-import os, sys
-import torch, adaptlora
+import os, runpy, sys
+import torch
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    child = os.fork()
+    if not child:
+        break
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit("failed in " + folder)
+else:
+    sys.exit()
+import adaptlora
 from adaptlora.ops import _backend
 layer = adaptlora.nn.LoraLinear(torch.nn.Linear(5, 4), 2)
 layer(torch.ones(3, 5)).sum().backward()
@@ -26,7 +37,9 @@ import adaptlora.kernels, importlib.util
 assert importlib.util.find_spec("adaptlora.kernels.lora_linear") is not None
 import kernels
 assert kernels.OTHER == "another package", kernels
-print(os.path.dirname(adaptlora.__file__), _backend.choose(torch.ones(1)), "triton" in sys.modules)
+print("package:", os.path.dirname(adaptlora.__file__), _backend.choose(torch.ones(1)), "triton" in sys.modules, flush=True)
+sys.argv[1:] = ["doctor"]
+runpy.run_module("adaptlora.cli", run_name="__main__")
 """
 
 
@@ -65,8 +78,11 @@ class Environment:
         options = ("--disable-pip-version-check", "--no-build-isolation", "--no-deps", "--no-index")
         return self.run("-m", "pip", "install", *options, *arguments, cwd=cwd, **variables)
 
-    def check(self, cwd):
-        return self.run("-c", CHECK, cwd=cwd).split()
+    def check(self, *folders):
+        """[where the package is, its backend, whether triton was imported, what doctor says] in each of the folders."""
+        said = self.run("-c", CHECK, *folders, cwd=folders[0]).split("package: ")[1:]
+        assert len(said) == len(folders)
+        return [[*line.split(), doctor] for line, _, doctor in (part.partition("\n") for part in said)]
 
 
 @pytest.fixture
@@ -87,25 +103,23 @@ def test_sdist_to_wheel_with_the_extension(checkout, environment, tmp_path):
     assert any(name.startswith("adaptlora/_C.") for name in names) and "adaptlora/kernels/lora_linear.py" in names
     assert {name.split("/")[0] for name in names} == {"adaptlora", names[-1].split("/")[0]}
     environment.install(str(wheel), cwd=tmp_path)
-    folder, backend, triton = environment.check(cwd=tmp_path)
+    ((folder, backend, triton, doctor),) = environment.check(tmp_path)
     assert "site-packages" in folder and (backend, triton) == ("cpp", "False")
-    doctor = environment.run("-m", "adaptlora.cli", "doctor", cwd=tmp_path)
     assert "cpp" in doctor
 
 
 @pytest.mark.slow
 def test_plain_install_without_a_compiler(checkout, environment, tmp_path):
     environment.install(".", cwd=checkout, ADAPTLORA_NO_EXT="1")
-    folder, backend, _ = environment.check(cwd=tmp_path)
+    ((folder, backend, _, doctor),) = environment.check(tmp_path)
     assert "site-packages" in folder and backend == "reference"
-    assert "the C++ extension is not built" in environment.run("-m", "adaptlora.cli", "doctor", cwd=tmp_path)
+    assert "the C++ extension is not built" in doctor
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["compat", "strict"])
 def test_editable_install(mode, checkout, environment, tmp_path):
     environment.install("-e", ".", "--config-settings", f"editable_mode={mode}", cwd=checkout, ADAPTLORA_NO_EXT="1")
-    assert environment.check(cwd=tmp_path)[1] == "reference"
     # From the checkout itself its folder kernels/ must not hide the other package either.
-    assert environment.check(cwd=checkout)[1] == "reference"
+    assert [found[1] for found in environment.check(tmp_path, checkout)] == ["reference"] * 2
     shutil.rmtree(checkout / "build", ignore_errors=True)
