@@ -64,10 +64,11 @@ demo-e2e: data-e2e
 	$(BIN)/adaptlora finetune --preset e2e --output runs/e2e
 
 # Workers of one thread each: two threads that share a core with other work wait for each other. Tests of what threads do set their own number.
+# A worker without work takes some from the other; tests/conftest.py has the slow tests first, so that none is left alone at the end.
 TEST_WORKERS ?= 2
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 asan: $(VENV)/.requirements
 	rm -rf $(ASAN)/lib $(ASAN)/report.*

@@ -14,6 +14,8 @@ from adaptlora.ops import _backend
 
 
 def pytest_collection_modifyitems(items):
+    # A slow test that starts last is waited for by a worker that has nothing else to do.
+    items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -46,6 +46,7 @@ SAMPLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "case"), SAMPLE, ids=str)
 def test_layer_kernels_are_sound(capability, case):
     """No spill, no more shared memory than there is; matrix instructions and asynchronous copies where they belong."""
