@@ -98,12 +98,12 @@ def all_gather(nbytes: float, n: int) -> float:
 # Ranks that change
 
 
-def decision_bytes(ranks: Mapping[str, int], state: dict) -> int:
+def decision_bytes(ranks: Mapping[str, int] | None, state: dict) -> int:
     """
-    Bytes of what the deciding process tells each other one at a rank change, pickled: the new ranks, the method's state, and its
-    length; then 3 numbers of 8 bytes are compared.
+    Bytes of what the deciding process tells each other one when ranks may change, pickled: the new ranks, None if they stay, and the
+    method's state. Besides there are 8 for its length, and 3 numbers of 8 bytes that are compared.
     """
-    return 8 + len(pickle.dumps((dict(ranks), state, None))) + 3 * 8
+    return len(pickle.dumps((None if ranks is None else dict(ranks), state, None)))
 
 
 # A step

@@ -32,5 +32,10 @@ def wire_all_gather(nbytes: int, n: int) -> int:
     return n * (n - 1) * sum(map(_wire_message, halves))
 
 
+def wire_broadcast(nbytes: int, n: int) -> int:
+    """The same for gloo's broadcast: every process but the first receives it once (gloo/broadcast.cc)."""
+    return (n - 1) * _wire_message(nbytes)
+
+
 def _wire_message(size: int) -> int:
     return size + 3 * PREAMBLE + HEADER * (PACKETS + (size + PREAMBLE - 1) // LARGEST_PACKET)

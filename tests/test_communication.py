@@ -4,12 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import communication
 import gloo_wire
 from communication import Decoder, Network, Trained
+from models import Net, randomise, task_loss
+from processes import run
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import adaptlora
 
 # One block of 4 → 4 projections but for keys and values (2) and the MLP (6); 10 words.
 SMALL = Decoder("small", layers=3, hidden=4, intermediate=6, kv=2, vocabulary=10)
@@ -90,3 +96,34 @@ def test_time_of_an_all_reduce_by_hand():
     # Four nodes: 2 · (7/8) · 100 at 5; ring 2 · (4 · 0.1 + 3 · 0.5) = 3.8, tree 2 · (1 · 0.2 + 2 · 0.5) = 2.4.
     assert network.all_reduce_seconds(100, 8) == pytest.approx(1 + 35 + 2.4)
     assert network.all_gather_seconds(100, 8) == pytest.approx(1 + 17.5 + 1.9)
+
+
+def _hooked_and_modelled():
+    """[(bytes that a communication hook saw, the model's)] of a step before NormAL's clip and of one after it."""
+    config = adaptlora.NormALConfig(r=4, target_r=2, target_modules=["first", "second"], t_p=1, t_c=1)
+    adapter = adaptlora.attach(Net(), config)
+    randomise(adapter)
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    adapter.track(optimizer)
+    seen, found = [], []
+
+    def hook(state, bucket):
+        state.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    adapter.distribute(comm_hook=(seen, hook))
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in adapter.layers.items()}
+    for _ in range(2):
+        task_loss(adapter.model).backward()
+        found.append((seen.pop(), communication.gradient_bytes(shapes, adapter.ranks())))
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.step()
+    assert not seen
+    return found
+
+
+def test_the_model_s_bytes_are_those_that_a_communication_hook_sees():
+    for (before, modelled_before), (after, modelled_after) in run(2, _hooked_and_modelled):
+        assert (before, after) == (modelled_before, modelled_after)
+        assert before == 4 * (4 * (13 + 17 + 17 + 11) + 4) and after < 0.8 * before
