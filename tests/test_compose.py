@@ -1,10 +1,11 @@
-"""compose and its gradients against float64 on every backend and instruction set; to the bit, on every way a call can take."""
+"""
+compose and its gradients against float64 on every backend; to the bit, on every way a call can take.
+
+Other instruction sets: test_cpu_kernels.py.
+"""
 
 import contextlib
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -149,20 +150,6 @@ def test_bits_do_not_depend_on_threads(shape):
         found.append(results(compose, operands))
     for other in found[1:]:
         assert_equal(other, found[0])
-
-
-@pytest.mark.skipif("ADAPTLORA_ISA" in os.environ, reason="already inside a run with a chosen ISA")
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
-def test_isa_level(level):
-    extension = pytest.importorskip("adaptlora._C", reason="the C++ extension is not built")
-    if level == extension.isa():
-        pytest.skip("is what this run uses")
-    env = os.environ | {"ADAPTLORA_ISA": level}
-    if subprocess.run([sys.executable, "-c", "import torch, adaptlora._C"], env=env, capture_output=True).returncode:
-        pytest.skip(f"this machine cannot run {level}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "cpp or bit"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
 
 
 # ---- derivatives

@@ -428,16 +428,19 @@ def import_with_isa(level):
 
 
 @pytest.mark.skipif("ADAPTLORA_ISA" in os.environ, reason="already inside a run with a chosen ISA")
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
 def test_isa_level(level):
-    """This file, its size grid apart, and the group's again with the kernels of another instruction set."""
+    """This file, its size grid apart, the group's and compose's bits and C++ backend again with the kernels of another instruction set."""
     if level == _C.isa():
         pytest.skip("is what this run uses")
     if import_with_isa(level).returncode != 0:
         pytest.skip(f"this machine cannot run {level}")
-    group_tests = Path(__file__).with_name("test_cpu_group.py")
+    others = [Path(__file__).with_name(name) for name in ("test_cpu_group.py", "test_compose.py")]
+    # Neither opcheck nor an import that fails has to do with the arithmetic.
+    chosen = "(not test_compose or cpp or bit) and not grid and not opcheck and not isa_level and not unknown_isa"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", __file__, group_tests, "-k", "not grid"],
+        [sys.executable, "-m", "pytest", "-q", "-x", __file__, *others, "-k", chosen],
         env=os.environ | {"ADAPTLORA_ISA": level},
         capture_output=True,
         text=True,
