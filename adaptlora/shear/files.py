@@ -94,7 +94,7 @@ def _compute(compute, modules: dict, work: Unfinished, group, workers: int | Non
     share = group.share(sorted(modules, key=lambda name: -math.prod(_shape(modules[name]))))
     done = work.done()
     todo = [name for name in share if name not in done]
-    with group.agreement():
+    with group.agreement("shear"):
         for i, _ in enumerate(over(compute, todo, workers)):
             if progress is not None:
                 progress(len(share) - len(todo) + i + 1, len(share))
@@ -104,7 +104,7 @@ def _finish(
     file, weights, report, method, work, group, out: Path, report_folder: Path, merge: bool
 ) -> ShearReport | None:
     """The first process writes what all have computed; the others wait for it."""
-    with group.agreement():
+    with group.agreement("shear"):
         if not group.first:
             return None
         report.modules = method.finish([work.load(name) for name in file.modules])

@@ -33,7 +33,7 @@ class Unfinished:
         self.merged = self.folder / "merged"  # a place for the merged model until all else is written
         self._modules = modules
         self._files = {name: self.folder / f"{i}.safetensors" for i, name in enumerate(modules)}
-        with group.agreement():
+        with group.agreement("shear"):
             if group.first:
                 self._begin(fingerprint)
 
