@@ -1,5 +1,7 @@
 """The base GEMMs with the rank in their accumulator against the equations in float64, alone and as the layers run them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -99,12 +101,15 @@ def test_what_cannot_be_fused_takes_the_other_way(fused, layouts, launched):
 GROUPS = [
     *(group(*QKV, batch=(70,), K=144, dtype=dtype, p=p) for dtype in (BF16, FP16) for p in (0.0, 0.3)),
     *(group(*QKV[:2], batch=(2, 33), K=64, dtype=BF16, dtype_A=FP32, dtype_B=FP32, p=p) for p in (0.0, 0.3)),
-    group({"R": 200, "N": 272}, {"R": 2, "N": 16, "weight": "transposed"}, batch=(130,), K=272, dtype=BF16, p=0.3),
 ]
+LARGE = group({"R": 200, "N": 272}, {"R": 2, "N": 16, "weight": "transposed"}, batch=(130,), K=272, dtype=BF16, p=0.3)
 
 
-@pytest.mark.parametrize("strided", [False, True], ids=["", "wide dy"])
-@pytest.mark.parametrize("case", GROUPS, ids=name_of)
+@pytest.mark.parametrize(
+    ("case", "strided"),
+    [*itertools.product(GROUPS, (False, True)), (LARGE, True)],  # which takes the interpreter eight seconds
+    ids=lambda value: ("wide dy" if value else "") if isinstance(value, bool) else name_of(value),
+)
 def test_groups(fused, case, strided):
     samples = samples_of(case)
     if strided:

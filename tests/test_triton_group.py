@@ -56,7 +56,8 @@ def test_groups(case):
 
 
 @poisoned
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Drawn alike in every run; after the eleventh they only vary it, at a second or two in the interpreter each.
+@settings(max_examples=11, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 90),
     K=st.integers(1, 90),

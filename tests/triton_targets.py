@@ -148,7 +148,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     return Compiled(capability, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared, sass)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _disassembled(cubin: bytes) -> tuple[int, int, str]:
     with tempfile.TemporaryDirectory() as directory:
         binary = pathlib.Path(directory) / "kernel.cubin"
