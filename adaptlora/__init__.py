@@ -4,6 +4,7 @@ from . import nn, ops
 from .adapter import Adapter, RankChange, attach, load, trained_parameters
 from .checkpoint import check_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
 from .config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+from .distributed.faults import ProcessError
 from .integrations.compile import dynamic_ranks
 from .logs import log_values
 from .methods import NonFiniteError
@@ -32,6 +33,7 @@ __all__ = [
     "NoRMConfig",
     "NonFiniteError",
     "NormALConfig",
+    "ProcessError",
     "RandomConfig",
     "RankChange",
     "RankedPair",

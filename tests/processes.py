@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 _PRELOAD = [
     "torch",
+    "torch._dynamo",  # what the first optimizer imports
     "torch.distributed.algorithms.join",
     "torch.nn.parallel",
     "adaptlora",

@@ -58,6 +58,8 @@ class Agreement:
         number = checksum(ranks)
         doing = f"{self._op}: agreeing on ranks"
         if self._processes.largest([error is not None, number, -number], doing=doing) == [0, number, -number]:
+            if ranks:
+                self._processes.agreed = {name: after for name, (_, after) in ranks.items()}
             return
         told = self._processes.gather((_described(error), ranks), doing=doing)
         if error is not None:

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from .processes import ProcessGroup
 
+_DOING = "averaging gradients"  # as errors call it
+
 
 def _rows(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """`tensor`, of the parameter's shape, as its memory is ordered: a rank-major lora_B is read along its ranks."""
@@ -116,6 +118,7 @@ class GradientSync:
         self._paused = False
         self._pass: _Pass | None = None
         self._active: Callable[[], int] | None = None
+        self._launches, self._lengths = 0, None
         self._handles = [root.register_forward_hook(self._called)]
         for index, parameter in enumerate(self._parameters):
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready(index)))
@@ -182,14 +185,23 @@ class GradientSync:
 
         return ready
 
+    def facts(self) -> dict:
+        """What all processes must have alike where they average: how often they began to, and the length of each buffer."""
+        return {"launch": self._launches, "lengths": self._lengths}
+
     def buckets(self) -> list[Bucket]:
-        """The gradients as they are now."""
+        """The gradients as they are now, to be averaged.  Raises: ProcessError, naming processes with gradients of other lengths."""
         by_kind: dict[tuple, list[nn.Parameter]] = {}
         for p in self._parameters:
             if p.requires_grad and p.numel():
                 by_kind.setdefault((p.dtype, p.device), []).append(p)
         numbered = enumerate(by_kind.values(), start=1)
-        return [Bucket(parameters, number - 1, number == len(by_kind)) for number, parameters in numbered]
+        found = [Bucket(parameters, number - 1, number == len(by_kind)) for number, parameters in numbered]
+        lengths = [bucket.buffer().numel() for bucket in found]
+        changed = lengths != self._lengths
+        self._launches, self._lengths = self._launches + 1, lengths
+        self._processes.expect(_DOING, changed)
+        return found
 
     @torch.no_grad()
     def _launch(self) -> list[tuple[Bucket, Callable[[], object]]]:
@@ -199,7 +211,7 @@ class GradientSync:
         """Begin to average a bucket; what is returned waits for it."""
         if self._comm_hook is not None:
             state, hook = self._comm_hook
-            future = hook(state, bucket)
+            future = self._processes.run(_DOING, hook, state, bucket)
 
             def received():
                 found = future.wait()
@@ -208,7 +220,7 @@ class GradientSync:
             return received
         count = self._processes.size if self._active is None else self._active()
         bucket.buffer().div_(count)
-        return dist.all_reduce(bucket.buffer(), group=self._group, async_op=True).wait
+        return self._processes.run(_DOING, dist.all_reduce, bucket.buffer(), group=self._group, async_op=True).wait
 
     @torch.no_grad()
     def _end(self, current: _Pass) -> None:
@@ -232,4 +244,4 @@ class GradientSync:
     def finish(self, launched: list[tuple[Bucket, Callable[[], object]]]) -> None:
         """Wait for what `start` began.  Raises: ProcessError."""
         for _, wait in launched:
-            self._processes.run("averaging gradients", wait)
+            self._processes.run(_DOING, wait)

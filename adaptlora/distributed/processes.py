@@ -1,10 +1,14 @@
 """The processes that train or compute together, as far as they must agree: one by itself, or those of a torch.distributed group."""
 
 import contextlib
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+
+from .faults import Line
 
 
 class Processes:
@@ -49,21 +53,40 @@ class Processes:
         yield
 
 
+def _timeout(group) -> timedelta:
+    """How long collectives of `group` wait."""
+    options = getattr(group._get_backend(group._device_types[0]), "options", None)
+    return getattr(options, "_timeout", default_pg_timeout)
+
+
 class ProcessGroup(Processes):
     """
     The processes of a torch.distributed group. What they tell each other here is small and lies on the host: it goes over a group of
     its own with the backend gloo, whatever the gradients use.
 
-    Args: group: a process group, None for all.   timeout: how long to wait for the others; None for torch's own.
+    Args: group: a process group, None for all.   timeout: how long to wait for the others; None for that of `group`.
+    Attributes:
+        line: asks the others how they are where a collective fails; None where they cannot be asked.
+        agreed: the ranks after a change that all agreed on, and with which gradients have not been sent yet.
     Every process of `group` constructs one, at the same time.
     """
 
     def __init__(self, group=None, timeout: timedelta | None = None):
         self.ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.rank, self.size = dist.get_rank(group), len(self.ranks)
-        self.timeout = timeout
-        options = {} if timeout is None else {"timeout": timeout}
-        self.control = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True, **options)
+        self.timeout = _timeout(dist.group.WORLD if group is None else group) if timeout is None else timeout
+        self.control = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True, timeout=self.timeout)
+        self.agreed: dict[str, int] | None = None
+        self.line: Line | None = None
+        line = Line(self.rank, self.gather, self.timeout.total_seconds())
+        if line.reachable:
+            self.line = line
+        elif self.first:
+            warnings.warn(
+                "distribute: the processes do not reach each other's ports (of the addresses "
+                f"{', '.join(sorted({contact.address for contact in line.contacts}))}), and so errors will not say which is missing",
+                stacklevel=4,
+            )
 
     def broadcast(self, value, source: int = 0, *, doing: str = "broadcast"):
         told = [value]
@@ -85,9 +108,26 @@ class ProcessGroup(Processes):
         self.run(doing, dist.all_reduce, tensor, op=op, group=self.control)
         return tensor.tolist()
 
+    def show(self, facts) -> None:
+        """Args: facts: see `Line`."""
+        if self.line is not None:
+            self.line.facts = facts
+
+    def expect(self, doing: str, changed: bool) -> None:
+        """
+        Gradients are about to be sent, of other lengths than the last if `changed`.  Raises: ProcessError, unless it was agreed on or is
+        so on all.
+        """
+        agreed, self.agreed = self.agreed, None
+        if changed and self.line is not None and (agreed is None or agreed != self.line.facts()["ranks"]):
+            self.line.compare(doing)
+
     def run(self, doing: str, collective, *arguments, **keywords):
-        """Call `collective`.  Raises: ProcessError, naming the processes that do not answer, where it fails."""
-        return collective(*arguments, **keywords)
+        """Call `collective`.  Raises: ProcessError, naming the processes that do not answer, where it fails with a RuntimeError."""
+        if self.line is None:
+            return collective(*arguments, **keywords)
+        with self.line.doing(doing):
+            return collective(*arguments, **keywords)
 
     @contextlib.contextmanager
     def agreement(self, op: str):

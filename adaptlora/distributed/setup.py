@@ -53,9 +53,12 @@ def distribute(
             return True
 
     inner = root if ddp is None else ddp.module
-    distribution.gradients = GradientSync(
+    if timeout is not None and all(_over_gloo(p, group) for p in trained.values()):
+        group = processes.control  # the same backend with that timeout
+    distribution.gradients = sync = GradientSync(
         inner, list(trained.values()), processes, group=group, wanted=wanted, comm_hook=_hook(ddp, comm_hook)
     )
+    processes.show(lambda: {"step": adapter.method.t, "ranks": adapter.ranks(), **sync.facts()})
     if ddp is not None:
         own = {id(buffer) for layer in adapter.layers.values() for buffer in layer.buffers()}
         ignored = {name for name, buffer in ddp.module.named_buffers() if id(buffer) in own}
@@ -64,6 +67,11 @@ def distribute(
         "distribute: sending the parameters of process 0", _broadcast, adapter, trained, group, processes.ranks[0]
     )
     return distribution
+
+
+def _over_gloo(parameter: nn.Parameter, group) -> bool:
+    group = dist.group.WORLD if group is None else group
+    return group._get_backend(parameter.device).name() == "gloo"
 
 
 def _check_state(adapter, processes: Processes) -> None:

@@ -1,0 +1,148 @@
+"""A process that is killed, stopped or has other ranks: the others end naming it; a change that is refused leaves all as it was."""
+
+import os
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+from processes import outcomes
+from torch import nn
+
+import adaptlora
+from adaptlora.distributed import decisions
+
+TIMEOUT = 4.0
+
+
+def make(method: str = "normal"):
+    """An adapter on a small float64 model, its optimizer, and batches of this process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    config = {
+        "normal": adaptlora.NormALConfig(r=4, lora_alpha=8, target_modules="all-linear", target_r=2, t_p=1, t_c=3),
+        "lalora": adaptlora.LaLoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", gamma=4.0),
+    }[method]
+    adapter = adaptlora.attach(model, config)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    adapter.track(optimizer)
+    return adapter, optimizer
+
+
+def step(adapter, optimizer, rank: int):
+    generator = torch.Generator().manual_seed(100 * adapter.method.t + rank)
+    x = torch.randn(5, 6, dtype=torch.float64, generator=generator)
+    loss = adapter.model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    adapter.step(loss)
+    return loss.item()
+
+
+def distributed(rank: int, method: str = "normal", seconds: float = TIMEOUT):
+    adapter, optimizer = make(method)
+    adapter.distribute(timeout=timedelta(seconds=seconds))
+    return adapter, optimizer
+
+
+def end(adapter, optimizer, rank: int, steps: int = 8):
+    """Steps until a ProcessError: its text, the processes that it names, and how many steps there were."""
+    try:
+        for _ in range(steps):
+            step(adapter, optimizer, rank)
+    except adaptlora.ProcessError as error:
+        return f"{error}", error.processes, adapter.method.t
+    return "no error", [], adapter.method.t
+
+
+def killed_in_step(when: int):
+    rank = int(os.environ["RANK"])
+    adapter, optimizer = distributed(rank)
+    if rank == 2:
+
+        def die(_):
+            if adapter.method.t == when:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        adapter.factors()[0].register_post_accumulate_grad_hook(die)
+    return end(adapter, optimizer, rank)
+
+
+def test_a_killed_process_is_named_by_all_others_also_by_those_that_do_not_talk_to_it():
+    found = outcomes(4, killed_in_step, 1)
+    assert found[2] is None
+    for returned, result in (found[0], found[1], found[3]):
+        assert returned, result
+        text, processes, steps = result
+        assert processes == [2] and steps == 1
+        assert text.startswith("averaging gradients: in step 1, after ")
+        assert "process 2 (pid " in text and text.endswith("has ended") and "process 1" not in text
+
+
+def killed_in_change(moment: str):
+    rank = int(os.environ["RANK"])
+    adapter, optimizer = distributed(rank)
+    reached = decisions.Agreement.reached
+
+    def die(agreement, ranks):
+        if moment == "after":
+            reached(agreement, ranks)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        decisions.Agreement.reached = die
+    return *end(adapter, optimizer, rank), adapter.ranks(), len(optimizer.state[adapter.factors()[0]]["exp_avg"])
+
+
+@pytest.mark.parametrize(("moment", "doing"), [("before", "step: agreeing on ranks"), ("after", "averaging gradients")])
+def test_a_process_killed_in_a_rank_change_leaves_the_others_with_the_old_ranks_or_the_new_ones(moment, doing):
+    killed, *found = outcomes(3, killed_in_change, moment)
+    assert killed is None
+    for returned, result in found:
+        assert returned, result
+        text, processes, steps, ranks, rows = result
+        assert text.startswith(f"{doing}: in step ") and text.endswith("has ended") and processes == [0]
+        changed = moment == "after"
+        assert steps == (3 if changed else 2)
+        assert (sum(ranks.values()) == 4) == changed and ranks == found[0][1][3]
+        assert rows == next(iter(ranks.values()))
+
+
+def stopped():
+    rank = int(os.environ["RANK"])
+    adapter, optimizer = distributed(rank)
+    pids = adapter.processes.gather(os.getpid())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    found = end(adapter, optimizer, rank)
+    if rank != 1:
+        os.kill(pids[1], signal.SIGCONT)
+    return found
+
+
+def test_a_stopped_process_is_named_once_the_timeout_is_over_and_learns_it_itself():
+    found = outcomes(3, stopped)
+    for rank, (returned, result) in enumerate(found):
+        assert returned, result
+        text, processes, _ = result
+        assert processes == [1], text
+        assert ("process 1 (pid " in text) and ("this one" in text) == (rank == 1)
+        assert text.endswith("does not answer")
+
+
+def changes_alone(wrapped: bool):
+    rank = int(os.environ["RANK"])
+    adapter, optimizer = distributed(rank)
+    step(adapter, optimizer, rank)
+    if rank == 1:
+        adapter._commit({"0": 4, "2": 1}, compact=True)
+    return end(adapter, optimizer, rank)
+
+
+def test_one_process_whose_ranks_alone_have_changed_is_named_on_all_with_the_modules():
+    for returned, result in outcomes(3, changes_alone, False):
+        assert returned, result
+        text, processes, steps = result
+        assert processes == [1] and steps == 1
+        assert "process 1 (pid " in text and "has other ranks than process 0: 2 1 and not 3" in text
