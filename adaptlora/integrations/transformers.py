@@ -104,6 +104,9 @@ class AdapterCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self._training.close()  # of a training that an error ended
+        trainer = _running_trainer()
+        if args.world_size > 1:
+            self._distribute(trainer)
         processes, first = self.adapter.processes, state.is_world_process_zero
         trainer_checkpoint.check_resumed(
             args.output_dir, state, optimizer, lr_scheduler, first=first, processes=processes
@@ -120,9 +123,6 @@ class AdapterCallback(TrainerCallback, ExportableState):
         self._losses.clear()
         self._refused = 0
         self._unsaved = False
-        trainer = _running_trainer()
-        if args.world_size > 1:
-            self._distribute(trainer)
         if trainer is not None:
             self._go_first(trainer.callback_handler.callbacks)
             if method.needs_loss():
