@@ -6,6 +6,7 @@ Bytes that a device sends in a step, and memory that it holds, as a function of 
 n processes, all linear projections adapted, the base frozen. In the mean over the processes each sends in a step
     DDP      2 (n−1)/n · G                      one all-reduce of the factors' gradients
     FSDP2    the same + (n−1)/n · (2 P + E)     the frozen base gathered: its blocks P for forward and again for backward, the rest E once
+    HSDP     the same + (8−1)/8 · (2 P + E)     FSDP2 that shards within a node of 8: nothing but the factors' gradients leaves it
 with G = itemsize · Σ over modules of r (K + N) + 2, the 2 being the marks that say which gradients are there. A ring sends this, and
 so does a tree. Times are estimates from data-sheet bandwidths and NCCL's own latencies: no network has been timed for them.
 """
@@ -23,6 +24,8 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "communication.json"
 DEVICES = (8, 64, 256, 1024)
+ENGINES = ("DDP", "FSDP2", "HSDP")
+NODE = 8
 Shapes = Mapping[str, tuple[int, int]]  # {module: (K, N)}
 Ranks = float | Mapping[str, int]  # of every module, or of each
 
@@ -39,16 +42,15 @@ class Decoder:
     vocabulary: int
 
     def block(self) -> dict[str, tuple[int, int]]:
-        attention, mlp = "self_attn", "mlp"
-        return {
-            f"{attention}.q_proj": (self.hidden, self.hidden),
-            f"{attention}.k_proj": (self.hidden, self.kv),
-            f"{attention}.v_proj": (self.hidden, self.kv),
-            f"{attention}.o_proj": (self.hidden, self.hidden),
-            f"{mlp}.gate_proj": (self.hidden, self.intermediate),
-            f"{mlp}.up_proj": (self.hidden, self.intermediate),
-            f"{mlp}.down_proj": (self.intermediate, self.hidden),
+        hidden, inner, kv = self.hidden, self.intermediate, self.kv
+        attention = {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (hidden, hidden),
         }
+        mlp = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+        return {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in mlp.items()}
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(K, N) of every adapted projection."""
@@ -128,34 +130,39 @@ class Sizes:
     moments: int = 8  # AdamW's two, float32
 
 
+def shards_of(engine: str, n: int) -> int:
+    """In how many parts the base lies on n devices."""
+    return {"DDP": 1, "FSDP2": n, "HSDP": min(n, NODE)}[engine]
+
+
 def sent(decoder: Decoder, trained: Trained, n: int, engine: str, sizes: Sizes = Sizes()) -> dict[str, float]:
     """
     Bytes that a device sends in a step: `base` (weights gathered) and `gradients`.
 
-    Full fine-tuning averages bfloat16 gradients of every weight: all-reduced by DDP, reduce-scattered by FSDP2, half as many bytes.
+    Training all weights averages bfloat16 gradients: all-reduced by DDP; reduce-scattered among the shards, half as many bytes, by FSDP2,
+    and each shard all-reduced between nodes by HSDP.
     """
-    base = 0.0
-    if engine == "FSDP2":
-        base = sizes.base * (2 * decoder.layers * decoder.block_parameters() + decoder.other_parameters())
+    shards = shards_of(engine, n)
+    gathered = sizes.base * (2 * decoder.layers * decoder.block_parameters() + decoder.other_parameters())
     if trained.full:
-        exchange = all_gather if engine == "FSDP2" else all_reduce
-        gradients = exchange(sizes.base * decoder.parameters(), n)
+        weights = sizes.base * decoder.parameters()
+        gradients = all_gather(weights, shards) + all_reduce(weights / shards, n // shards)
     else:
         gradients = all_reduce(gradient_bytes(decoder.linears(), trained.ranks, sizes.factor), n)
-    return {"base": all_gather(base, n), "gradients": gradients}
+    return {"base": all_gather(gathered, shards), "gradients": gradients}
 
 
 def memory(decoder: Decoder, trained: Trained, n: int, engine: str, sizes: Sizes = Sizes()) -> dict[str, float]:
     """
     Bytes that a device holds, activations left out.
 
-    base: the weights, under FSDP2 1/n of them.   gathered: FSDP2's weights in use at once: one block, the next on its way, and embeddings
+    base: the weights, or a shard of them.   gathered: sharded weights in use at once: one block, the next on its way, and embeddings
     and output layer, which stay from forward to backward.   factors, optimizer: of `held` ranks.   gradients, and the buffer that they
     travel in: of the active ones. Full fine-tuning has no buffer beside its gradients (gradient_as_bucket_view).
     """
-    shards = n if engine == "FSDP2" else 1
+    shards = shards_of(engine, n)
     in_use = sizes.base * (2 * decoder.block_parameters() + decoder.other_parameters())
-    parts = {"base": sizes.base * decoder.parameters() / shards, "gathered": in_use if engine == "FSDP2" else 0}
+    parts = {"base": sizes.base * decoder.parameters() / shards, "gathered": in_use if shards > 1 else 0}
     if trained.full:
         numbers = decoder.parameters() / shards
         trains = {"gradients": sizes.base * numbers, "optimizer": sizes.moments * numbers}
@@ -180,7 +187,7 @@ class Network:
     400 Gb/s for each GPU of a DGX H100. Latencies in seconds a step: NCCL's tuner, protocol Simple (src/graph/tuning.cc).
     """
 
-    per_node: int = 8
+    per_node: int = NODE
     inside: float = 450e9
     between: float = 50e9
     start: float = 8.4e-6
@@ -214,16 +221,16 @@ def step_seconds(
     """
     Estimates for a step of `tokens` tokens on each device, adapters only.
 
-    compute: 4 · parameters · tokens FLOPs, forward and dx.   gathering: FSDP2's, a collective for each block and direction, which runs
+    compute: 4 · parameters · tokens FLOPs, forward and dx.   gathering: of sharded weights, a collective for each block and direction,
     beside the compute.   gradients: the factors' all-reduce, which begins when the last gradient is there.   exposed: what the step
     waits for: the gradients, and of the gathering what is longer than the compute.
     """
     sizes = Sizes()
     compute = 4 * decoder.parameters() * tokens / network.flops
-    gathering = 0.0
-    if engine == "FSDP2":
-        gathering = 2 * decoder.layers * network.all_gather_seconds(sizes.base * decoder.block_parameters(), n)
-        gathering += network.all_gather_seconds(sizes.base * decoder.other_parameters(), n)
+    gathering, shards = 0.0, shards_of(engine, n)
+    if shards > 1:
+        gathering = 2 * decoder.layers * network.all_gather_seconds(sizes.base * decoder.block_parameters(), shards)
+        gathering += network.all_gather_seconds(sizes.base * decoder.other_parameters(), shards)
     gradients = network.all_reduce_seconds(gradient_bytes(decoder.linears(), trained.ranks, sizes.factor), n)
     exposed = gradients + max(0.0, gathering - compute)
     return {"compute": compute, "gathering": gathering, "gradients": gradients, "exposed": exposed}
@@ -239,14 +246,13 @@ TRAINED = (
     Trained("La-LoRA, r ≤ 8, mean 2.55", 2.55, held=R),
     Trained("all weights", full=True),
 )
-SHOWN = ("LLaMA-2 7B", "LLaMA-3 70B")
 TOKENS = 4096
 
 
 def rows() -> list[dict]:
     found = []
-    for decoder in DECODERS:
-        for engine in ("DDP", "FSDP2"):
+    for decoder in (DECODERS[0], DECODERS[3]):
+        for engine in ENGINES:
             for trained in TRAINED:
                 for n in DEVICES:
                     row = {"model": decoder.name, "engine": engine, "trained": trained.name, "devices": n}
@@ -266,8 +272,6 @@ def table(found: list[dict], title: str, value) -> Table:
         shown.add_column(column, justify="right" if column.isdigit() else "left")
     cells: dict[tuple, list[str]] = {}
     for row in found:
-        if row["model"] not in SHOWN:
-            continue
         cells.setdefault((row["model"], row["engine"], row["trained"]), []).append(value(row))
     for heads, values in cells.items():
         shown.add_row(*heads, *values)

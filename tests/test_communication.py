@@ -50,6 +50,9 @@ def test_sent_by_hand():
     everything = Trained("", full=True)
     assert communication.sent(SMALL, everything, 4, "DDP") == {"base": 0, "gradients": 1.5 * 2 * 468}
     assert communication.sent(SMALL, everything, 4, "FSDP2") == {"base": 0.75 * base, "gradients": 0.75 * 2 * 468}
+    # Two nodes of 8: gathered within the node, and between the two an eighth of all gradients goes back and forth.
+    assert communication.sent(SMALL, lora, 16, "HSDP") == {"base": 7 / 8 * base, "gradients": 15 / 8 * gradients}
+    assert communication.sent(SMALL, everything, 16, "HSDP")["gradients"] == 7 / 8 * 936 + 936 / 8
 
 
 def test_nothing_is_sent_by_one_process():
