@@ -501,7 +501,7 @@ class Adapter:
 
         Args:
             format: "peft": `PeftModel.from_pretrained(base, path)` computes what this model computes; modules of rank 0 are left out,
-                and La-LoRA's ranks over the steps lie beside it in rank_history.json. "nora": NoRA's inner factors, for `adaptlora.load`.
+                and ranks that change in many steps lie beside it in rank_history.json. "nora": NoRA's inner factors, for `adaptlora.load`.
             fold_residual: of "peft" and NoRA with a residual: True adds what was taken out of the base as r more rank vectors, for
                 the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
             save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
@@ -590,7 +590,10 @@ class Adapter:
                     optimizer.state.pop(getattr(layer.pair, factor), None)
 
     def state_dict(self) -> dict:
-        """Factors, parked vectors, scalings, modules_to_save and the method's own state; tensors are the live ones but for the parked."""
+        """
+        Factors, parked vectors, what a method keeps of each element, scalings, modules_to_save and the method's own state; tensors are
+        the live ones but for the parked.
+        """
         return {
             "factors": {name: layer.pair.factors() for name, layer in self.layers.items()},
             "statistics": {name: layer.pair.statistics() for name, layer in self.layers.items()},

@@ -228,8 +228,10 @@ class AdaLoRAConfig(LoraConfig):
     """
     AdaLoRA: ΔW = scaling · B diag(E) A, whose least important triplets are taken out along a budget.  [AdaLoRA, arXiv:2303.10512]
 
-    PEFT's fields, names and defaults; scaling = lora_alpha / (init_r + 1e-5), as PEFT computes it, at every rank. Steps t are counted
-    from 1, optimizer steps that were made: at the end of step t happens what PEFT's `update_and_allocate(t)` does.
+    PEFT's fields, names and defaults; scaling = lora_alpha / (init_r + 1e-5), as PEFT computes it, at every rank (and never trained, as
+    PEFT lets optimizers train its `ranknum`). Steps t are counted from 1, optimizer steps that were made: at the end of step t happens
+    what PEFT's `update_and_allocate(t)` does, with the gradients of that step and the weights after it. Until the last choice two
+    numbers are kept for each that trains, of which the importance is made.
 
     Args:
         r: None; `init_r` is the rank at the start, and r is set to it.
@@ -241,9 +243,9 @@ class AdaLoRAConfig(LoraConfig):
         deltaT: steps from one choice to the next, made where it divides t.
         beta1, beta2: in (0, 1), of the smoothed sensitivity and of its uncertainty.
         orth_reg_weight: weight ≥ 0 of the penalty, the mean of ‖P Pᵀ − I‖_F over all A and Bᵀ.
-        removal: "final": before the last choice triplets that go are masked (E = 0) and train on, so that they may come back, as in PEFT;
-            those that the last one masks are removed, with their gradients and optimizer state. "update": every choice removes, so that
-            memory falls with the budget, and none comes back.
+        removal: "final": until the last choice triplets that go are masked (E = 0) and train on, so that they may come back, as in PEFT;
+            those that go at the last are removed, with their gradients and optimizer state, where PEFT masks them for good. "update":
+            every choice removes, so that memory falls with the budget, and none comes back.
     """
 
     r: int | None = None

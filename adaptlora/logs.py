@@ -13,7 +13,7 @@ def log_values(adapter, *, modules: bool = False) -> dict[str, float]:
         modules: also every module's rank, as rank/module/<name>.
     Returns: rank/average, rank/min, rank/max; adapter/norm_A, adapter/norm_B (Frobenius, over all modules, of the vectors that train);
         adapter/parameters, adapter/bytes, adapter/optimizer_bytes (as `Adapter.summary` counts them); and what the method has to say:
-        adapter/penalty for NormAL, adapter/budget for La-LoRA.
+        adapter/penalty for NormAL, adapter/budget for La-LoRA, both for AdaLoRA.
     """
     summary = adapter.summary()
     ranks = summary["ranks"]

@@ -25,7 +25,8 @@ def register_optimizer_state(optimizer_class: type, layout: Callable) -> None:
     Args:
         optimizer_class: a subclass of torch.optim.Optimizer.
         layout: called as layout(factor, key, value, shape) for every entry `value = optimizer.state[parameter][key]` of a factor, which is
-            "lora_A" of shape (R, K) or "lora_B" of shape (N, R); `shape` is that of the parameter now. It returns
+            "lora_A" of shape (R, K), "lora_B" of shape (N, R) or AdaLoRA's "lora_E" of shape (R, 1); `shape` is that of the parameter now.
+            It returns
             - the dimension of the tensor `value` that runs over the ranks, an int, or `Rows(dim, fresh)` (of this module, as `Packed`);
             - None for what has none: scalars, tables, statistics over the ranks, which stay as they are;
             - `Packed` for numbers that are stored in another form;
@@ -35,8 +36,8 @@ def register_optimizer_state(optimizer_class: type, layout: Callable) -> None:
     An optimizer that keeps the mean square of each row and a direction:
     ```python
     def layout(factor, key, value, shape):
-        if key == "row_mean":                              # (R,) for lora_A, (N,) for lora_B
-            return 0 if factor == "lora_A" else None
+        if key == "row_mean":                              # (N,) for lora_B, (R,) for the others
+            return None if factor == "lora_B" else 0
         return NotImplemented                              # "direction" is shaped like the parameter
 
     adaptlora.register_optimizer_state(MyOptimizer, layout)

@@ -15,7 +15,7 @@ class Sensitivity:
     Smoothed sensitivity and uncertainty of every element that trains.          [AdaLoRA, arXiv:2303.10512, Eq. 10–11]
 
     state: {factor: {"mean": Ī, "uncertainty": Ū}}, tensors of the factor's shape; nothing for a factor that was never read. That is an
-    optimizer's state in all that concerns ranks: a pair that tracks it makes it follow them.
+    optimizer's state in all that concerns ranks, so that a pair makes it follow them, and counts its bytes, as it does with one.
     """
 
     def __init__(self):
