@@ -6,11 +6,12 @@ from datetime import timedelta
 
 import pytest
 import torch
-from processes import outcomes
+from processes import outcomes, run
 from torch import nn
 
 import adaptlora
 from adaptlora.distributed import decisions
+from adaptlora.ranks import RankedPair
 
 TIMEOUT = 4.0
 
@@ -29,15 +30,21 @@ def make(method: str = "normal"):
     return adapter, optimizer
 
 
-def step(adapter, optimizer, rank: int):
+def step(adapter, optimizer, rank: int, look=lambda: None):
     generator = torch.Generator().manual_seed(100 * adapter.method.t + rank)
     x = torch.randn(5, 6, dtype=torch.float64, generator=generator)
     loss = adapter.model(x).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+    look()
     adapter.step(loss)
-    return loss.item()
+
+
+def content(adapter, optimizer) -> dict:
+    """Ranks, factors, optimizer state and the method's, to be compared for equality."""
+    held = [[value.tolist() for value in optimizer.state[factor].values()] for factor in adapter.factors()]
+    return adapter.ranks(), [factor.tolist() for factor in adapter.factors()], held, adapter.method.state_dict()
 
 
 def distributed(rank: int, method: str = "normal", seconds: float = TIMEOUT):
@@ -131,7 +138,7 @@ def test_a_stopped_process_is_named_once_the_timeout_is_over_and_learns_it_itsel
         assert text.endswith("does not answer")
 
 
-def changes_alone(wrapped: bool):
+def changes_alone():
     rank = int(os.environ["RANK"])
     adapter, optimizer = distributed(rank)
     step(adapter, optimizer, rank)
@@ -141,8 +148,50 @@ def changes_alone(wrapped: bool):
 
 
 def test_one_process_whose_ranks_alone_have_changed_is_named_on_all_with_the_modules():
-    for returned, result in outcomes(3, changes_alone, False):
+    for returned, result in outcomes(3, changes_alone):
         assert returned, result
         text, processes, steps = result
         assert processes == [1] and steps == 1
-        assert "process 1 (pid " in text and "has other ranks than process 0: 2 1 and not 3" in text
+        assert "process 1 (pid " in text and "has other ranks than process 0: 2 1 and not 4" in text
+
+
+def refused_change(fails_in: int | None):
+    """A run in which one process has no memory for the change of step 3, and all try again: what each raised, and the end."""
+    rank = int(os.environ["RANK"])
+    adapter, optimizer = distributed(rank)
+    plan, raised = RankedPair.plan, None
+
+    def without_memory(pair, *arguments, **options):
+        if pair is adapter.layers["2"].pair:
+            raise MemoryError("no memory for it")
+        return plan(pair, *arguments, **options)
+
+    for _ in range(2):
+        step(adapter, optimizer, rank)
+    if rank == fails_in:
+        RankedPair.plan = without_memory
+    before = []
+    try:
+        step(adapter, optimizer, rank, look=lambda: before.append(content(adapter, optimizer)))
+    except (MemoryError, RuntimeError) as error:
+        raised = f"{type(error).__name__}: {error}"
+        assert [content(adapter, optimizer)] == before
+        RankedPair.plan = plan
+        adapter.step()
+    for _ in range(3):
+        step(adapter, optimizer, rank)
+    return raised, adapter.method.t, adapter.ranks(), content(adapter, optimizer)
+
+
+def test_a_change_that_one_process_cannot_prepare_is_refused_by_all_and_training_goes_on_in_step():
+    expected = run(3, refused_change, None)[0]
+    found = run(3, refused_change, 1)
+    process = "step: process 1: MemoryError('no memory for it')"
+    assert [raised for raised, *_ in found] == [
+        f"RuntimeError: {process}",
+        "MemoryError: no memory for it",
+        f"RuntimeError: {process}",
+    ]
+    assert expected[0] is None and expected[1] == 6 and sum(expected[2].values()) == 4
+    for _, *rest in found:
+        assert rest == list(expected[1:])
