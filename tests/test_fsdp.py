@@ -83,7 +83,7 @@ def gradients(model, adapter) -> dict[str, torch.Tensor]:
     x, labels = data(0, next(model.parameters()).dtype)
     model.zero_grad()
     y = model(x)
-    nn.functional.cross_entropy(y.float() if y.dtype == torch.bfloat16 else y, labels).backward()
+    nn.functional.cross_entropy(y, labels).backward()
     factors = {
         f"{name}.{f}": getattr(layer, f).grad for name, layer in adapter.layers.items() for f in ("lora_A", "lora_B")
     }
@@ -266,3 +266,104 @@ def test_shards_that_are_replicated_train_as_one_process_does(alone):
     found = run(4, _replicated_shards)
     for method in found[0]:
         assert_same_training([of_process[method] for of_process in found], alone[method])
+
+
+# What works on a sharded base, and what says that it does not
+
+
+def _message(call, *arguments) -> str:
+    with pytest.raises(ValueError) as raised:
+        call(*arguments)
+    return str(raised.value)
+
+
+def _uses(folder) -> dict:
+    found = {}
+    for method in ("lora", "nora"):
+        model, adapter = adapted(method)
+        shard(model, set(adapter.parameters()))
+        x, labels = data(0)
+        optimizer = torch.optim.AdamW(adapter.parameters())
+        adapter.track(optimizer)
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        adapter.save(folder / f"{method}{torch.distributed.get_rank()}", **FORMATS[method])
+        model(x)  # the root's parameters are whole now
+        base = adapter.base_state_dict()
+        adapter.load_state_dict(adapter.state_dict())
+        base = {
+            name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in base.items()
+        }
+        found[method] = {"summary": adapter.summary(), "base": base, "y": model(x).detach()}
+    model = Model()
+    shard(model)
+    adapter = adaptlora.attach(model, METHODS["normal"])
+    randomise(adapter)
+    return found | {"attached": gradients(model, adapter), "detached": adapter.detach()(x).detach()}
+
+
+FORMATS = {"lora": {}, "nora": {"format": "nora"}}
+
+
+def test_adapters_on_a_sharded_base_are_used_as_others_are(tmp_path):
+    for rank, found in enumerate(run(2, _uses, tmp_path)):
+        for method in FORMATS:
+            model, adapter = adapted(method)
+            optimizer = torch.optim.AdamW(adapter.parameters())
+            adapter.track(optimizer)
+            x, labels = data(0)
+            nn.functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+            assert found[method]["summary"] == adapter.summary()
+            torch.testing.assert_close(found[method]["base"], adapter.base_state_dict(), rtol=0, atol=1e-10)
+            torch.testing.assert_close(found[method]["y"], model(x), rtol=0, atol=1e-10)
+            loaded = Model()
+            adaptlora.load(loaded, tmp_path / f"{method}{rank}")
+            torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-6)
+        whole = gradients(*adapted("normal"))
+        torch.testing.assert_close(found["attached"], whole, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found["detached"], Model()(x), rtol=0, atol=1e-10)
+
+
+def _refusals() -> dict[str, str]:
+    said = {}
+    for kept in (False, True):  # parameters that are in parts, or whole for now
+        for method in ("lora", "nora"):
+            model, adapter = adapted(method)
+            shard(model, set(adapter.parameters()), reshard_after_forward=not kept)
+            x, _ = data(0)
+            y = model(x).detach()
+            said[f"merge {method} {kept}"] = _message(adapter.merge)
+            if method == "nora":
+                said[f"restore {kept}"] = _message(adapter.method.end)
+                layer = adapter.layers["blocks.0.up"]
+                other = layer.outer._replace(S=layer.outer.S * 2)
+                said[f"take_outer {kept}"] = _message(layer.take_outer, other)
+                state = adapter.state_dict()
+                state["outer"]["blocks.1.down"] |= {"S": adapter.layers["blocks.1.down"].outer.S * 2}
+                said[f"load_state_dict {kept}"] = _message(adapter.load_state_dict, state)
+            model.set_reshard_after_forward(True)
+            assert torch.equal(model(x), y) and torch.equal(model(x), y), "nothing must have changed"
+    model = Model()
+    shard(model)
+    said["attach nora"] = _message(adaptlora.attach, model, METHODS["nora"])
+    model = Model()
+    adapter = adaptlora.attach(model, adaptlora.LoraConfig(r=1, target_modules=ADAPTED))
+    shard(model)  # a factor of one rank is contiguous either way: FSDP takes it
+    said["distribute"] = _message(adapter.distribute, model)
+    assert adapter.processes.size == 1
+    return said
+
+
+def test_what_a_sharded_base_cannot_do_is_an_error_that_changes_nothing():
+    expected = {
+        "merge": "merge: base_layer must not be sharded, got one of FSDP",
+        "restore": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
+        "take_outer": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
+        "load_state_dict": "load_state_dict: blocks.1.down: NoRALinear: base_layer must not be sharded",
+        "attach": "dequantised_weight: module must not be sharded",
+        "distribute": "distribute: the adapter's factors must not be sharded, got a DTensor for blocks.0.up.pair.lora_A",
+    }
+    for said in run(2, _refusals):
+        for what, message in said.items():
+            assert message.startswith(expected[what.split()[0]]), what
