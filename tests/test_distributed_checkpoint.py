@@ -3,7 +3,9 @@
 import errno
 import json
 import random
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +17,16 @@ from torch.distributed.fsdp import fully_shard
 
 import adaptlora
 from adaptlora import checkpoint
+from adaptlora.checkpoint_files import MANIFEST, read_manifest
 from adaptlora.distributed.distribution import Distribution
 from adaptlora.distributed.processes import ProcessGroup
 from adaptlora.distributed.sharding import encode_parts, gathered
 from adaptlora.distributed.state import broadcast_state
 from adaptlora.distributed.torch_checkpoint import AdapterState, load_distributed
 from adaptlora.encoding import encode
+from adaptlora.integrations import trainer_checkpoint
 from adaptlora.random_state import random_state
+from adaptlora.tensor_files import save_file
 from tests.processes import run
 
 BATCH, SAVED, STEPS = 16, 4, 7
@@ -175,6 +180,7 @@ def work_of_two(folder):
         "resumed": resume(folder / "four", EXACT, folder / "two"),
         "failures": failures(folder / "failures", folder / "four" / "lalora-0.0"),
         "brought": bring(),
+        "sealed": seal(folder / "trainer"),
         "sharded": resume(folder / "four", [("normal", 0.0)], shard=True),
     }
     loop = Loop(shard=True).until(SAVED)
@@ -316,6 +322,83 @@ def test_the_state_of_one_process_becomes_that_of_all(of_two):
         assert "must be attached with a LaLoRAConfig" in side["refused"]
 
 
+# Trainer's
+
+
+def trainers_checkpoint(path, ranks, processes=None):
+    """What Trainer writes, as far as its names and kinds of files go; random states of the processes `ranks`."""
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({"weight": torch.ones(2)}, path / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", *(f"rng_state_{rank}.pth" for rank in ranks)):
+        torch.save({}, path / name)
+    callbacks = {} if processes is None else {"AdapterCallback": {"args": {}, "attributes": {"processes": processes}}}
+    state = {"global_step": 3, "stateful_callbacks": callbacks}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    return path
+
+
+def seal(folder):
+    """Process 1 is late with its file, then process 0 cannot write the seal, then both resume from different steps."""
+    processes = ProcessGroup()
+    path = folder / "checkpoint-3"
+    if processes.first:
+        trainers_checkpoint(path, [0], 2)
+    dist.barrier()
+    if not processes.first:
+        time.sleep(0.3)
+        torch.save({}, path / "rng_state_1.pth")
+    trainer_checkpoint.seal(path, first=processes.first, processes=processes)
+    sealed = sorted(read_manifest(path)["files"])
+    if processes.first:
+        (path / "trainer_state.json").unlink()
+    told = [message(trainer_checkpoint.seal, path, first=processes.first, processes=processes)]
+    state = SimpleNamespace(global_step=3 - processes.rank, stateful_callbacks={})
+    told.append(message(trainer_checkpoint.check_resumed, folder, state, processes=processes))
+    state = SimpleNamespace(global_step=3, stateful_callbacks={})
+    optimizer = torch.optim.SGD([torch.ones(1)]) if processes.rank else None
+    began = SimpleNamespace(last_epoch=0)
+    told.append(message(trainer_checkpoint.check_resumed, folder, state, optimizer, began, processes=processes))
+    return sealed, told
+
+
+def test_trainers_checkpoint_is_sealed_when_all_have_written_and_errors_reach_all(of_two):
+    for process in of_two:
+        sealed, told = process["sealed"]
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(sealed)
+        assert "trainer_state.json is missing" in told[0]
+        assert (
+            "the step to resume from must be the same in all processes, got 3 in process 0, 2 in process 1" in told[1]
+        )
+        assert "the checkpoint of step 3 must hold optimizer.pt" in told[2]
+    assert "Trainer: process 0: " in of_two[1]["sealed"][1][0] and "Trainer: process 1: " in of_two[0]["sealed"][1][2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "processes", "lost"),
+    [
+        ([0, 1], 2, None),
+        ([0, 1], None, None),
+        ([0, 2], None, 1),
+        ([1], None, 0),
+        ([0], 2, 1),
+        ([], 2, 0),
+        ([0, 1], 3, 2),
+    ],
+)
+def test_the_random_state_of_every_process_must_be_there(ranks, processes, lost, tmp_path):
+    path = trainers_checkpoint(tmp_path / "checkpoint-3", ranks, processes)
+    if lost is None:
+        adaptlora.check_checkpoint(path)
+        return
+    with pytest.raises(ValueError, match=f"rng_state_{lost}.pth is missing"):
+        adaptlora.check_checkpoint(path)
+    if ranks:
+        # Sealed, it is what one node has on a disk of its own.
+        trainer_checkpoint.seal(path)
+        assert (path / MANIFEST).exists()
+        adaptlora.check_checkpoint(path)
+
+
 # Errors
 
 
@@ -350,7 +433,6 @@ def failures(folder, saved):
 
     folder.mkdir(exist_ok=True)
     dist.barrier()
-    save_file = checkpoint.save_file
     checkpoint.save_file = write_nothing
     told["full"] = message(adaptlora.save_checkpoint, folder, *parts, step=2)
     checkpoint.save_file = save_file
