@@ -268,6 +268,63 @@ def test_shards_that_are_replicated_train_as_one_process_does(alone):
         assert_same_training([of_process[method] for of_process in found], alone[method])
 
 
+# accelerate
+
+
+def _accelerator(**options):
+    """accelerate keeps FSDP for GPUs, and gives several processes on CPUs DDP in its place; told otherwise it does the same on both."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=False,
+        **options,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert not accelerator.is_fsdp2
+    accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def _accelerated(method: str):
+    from torch.distributed.tensor import DTensor
+
+    accelerator = _accelerator(ignored_modules=r".*\.pair|head", activation_checkpointing=True)
+    model = Model()
+    adapter = adaptlora.attach(model, METHODS[method])
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    adapter.distribute(model)
+    adapter.track(optimizer)
+    assert all(isinstance(layer.weight, DTensor) for layer in adapter.layers.values())
+    ranks = []
+    for step in range(STEPS):
+        x, labels = (tensor[accelerator.process_index :: 2].chunk(2) for tensor in data(step))
+        with accelerator.no_sync(model):
+            accelerator.backward(nn.functional.cross_entropy(model(x[0]), labels[0]) / 2)
+        accelerator.backward(nn.functional.cross_entropy(model(x[1]), labels[1]) / 2 + adapter.penalty())
+        accelerator.clip_grad_norm_(model.parameters(), 1e3)
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.step()
+        ranks.append(adapter.ranks())
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, ranks
+
+
+@pytest.mark.parametrize("method", ["lora", "normal"])
+def test_accelerate_leaves_out_what_it_is_told_to(alone, method):
+    pytest.importorskip("accelerate")
+    found = [
+        ({name.replace("._checkpoint_wrapped_module", ""): p for name, p in trained.items()}, ranks)
+        for trained, ranks in run(2, _accelerated, method)
+    ]
+    assert_same_training(found, alone[method])
+
+
 # What works on a sharded base, and what says that it does not
 
 
