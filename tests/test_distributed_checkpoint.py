@@ -187,6 +187,14 @@ def work_of_two(folder):
     with torch.no_grad():
         loop.adapter.model(torch.zeros(1, 13, dtype=torch.float64))  # FSDP leaves the root's parameters whole
     loop.save(folder / "sharded" / "normal-0.0")
+    state = AdapterState(loop.adapter, loop.optimizer, scheduler=loop.scheduler, extra={"losses": loop.losses})
+    saved = loop.state()
+    saving = dcp.async_save(
+        {"adapter": state}, checkpoint_id=folder / "async" / "dcp", process_group=dist.new_group(backend="gloo")
+    )
+    loop.step()
+    saving.result()
+    assert_same(Loop(shard=True).load_dcp(folder / "async").state(), saved)
     return found | {"sharded again": resume(folder / "sharded", [("normal", 0.0)], shard=True)}
 
 

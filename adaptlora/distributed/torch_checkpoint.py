@@ -21,7 +21,8 @@ _PARTS = {"scheduler", "scaler", "processes"}
 
 class AdapterState:
     """
-    What `save_checkpoint` holds, as DCP's Stateful, to be saved beside whatever else a loop has; also by dcp.async_save.
+    What `save_checkpoint` holds, as DCP's Stateful, to be saved beside whatever else a loop has; also by dcp.async_save, if that is given a
+    process_group (gloo) of its own: its thread would mix its messages with the training's.
 
         dcp.save({"adapter": AdapterState(adapter, optimizer)}, checkpoint_id=folder)
         load_distributed(folder, adapter, optimizer)
