@@ -1,6 +1,7 @@
 """FSDP2 shards the frozen base, and adapters train on it as on a whole one; gloo on the CPU, where it runs as on GPUs."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ METHODS = {
         r=4, target_r=2, target_modules=ADAPTED, schedule="adaptive", min_steps=2, lambda_p=10.0, lambda_c=10.0
     ),
     "lalora": adaptlora.LaLoRAConfig(r=4, target_modules=ADAPTED, gamma=2.0, temperature=0.5, group_by="module"),
+    "adalora": adaptlora.AdaLoRAConfig(
+        init_r=4, target_r=2, target_modules=ADAPTED, total_step=STEPS, tinit=1, tfinal=1, removal="update"
+    ),
     "nora": adaptlora.NoRAConfig(r=3, r_out=8, target_modules=ADAPTED),
 }
 
@@ -249,7 +253,7 @@ def test_processes_train_as_one_does(training, alone, method, case):
 
 def test_ranks_change_where_they_are_meant_to(alone):
     changes = {method: sum(a != b for a, b in itertools.pairwise(ranks)) for method, (_, ranks) in alone.items()}
-    assert changes.pop("lalora") > 1
+    assert changes.pop("lalora") > 1 and changes.pop("adalora") > 1
     assert changes == {"lora": 0, "normal": 1, "proximal": 1, "adaptive": 1, "nora": 0}
 
 
@@ -290,12 +294,17 @@ def _accelerator(**options):
     return accelerator
 
 
-def _accelerated(method: str):
+def _accelerated(method: str, **options):
+    from accelerate.state import AcceleratorState
     from torch.distributed.tensor import DTensor
 
-    accelerator = _accelerator(ignored_modules=r".*\.pair|head", activation_checkpointing=True)
+    from adaptlora.distributed.fsdp import leave_out
+
+    AcceleratorState._reset_state()
+    accelerator = _accelerator(**options)
     model = Model()
     adapter = adaptlora.attach(model, METHODS[method])
+    leave_out(accelerator.state.fsdp_plugin, adapter, accelerator.device)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-2)
     model, optimizer = accelerator.prepare(model, optimizer)
     adapter.distribute(model)
@@ -312,17 +321,31 @@ def _accelerated(method: str):
         optimizer.zero_grad()
         adapter.step()
         ranks.append(adapter.ranks())
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, ranks
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name.replace("._checkpoint_wrapped_module", ""): p for name, p in trained.items()}, ranks
 
 
-@pytest.mark.parametrize("method", ["lora", "normal"])
-def test_accelerate_leaves_out_what_it_is_told_to(alone, method):
+IGNORED = {"lora": {"ignored_modules": r".*\.pair|head", "activation_checkpointing": True}, "normal": {}}
+
+
+def _all_accelerated() -> dict:
+    return {method: _accelerated(method, **options) for method, options in IGNORED.items()}
+
+
+def test_accelerate_leaves_out_what_trains(alone):
     pytest.importorskip("accelerate")
-    found = [
-        ({name.replace("._checkpoint_wrapped_module", ""): p for name, p in trained.items()}, ranks)
-        for trained, ranks in run(2, _accelerated, method)
-    ]
-    assert_same_training(found, alone[method])
+    found = run(2, _all_accelerated)
+    for method in IGNORED:
+        assert_same_training([of_process[method] for of_process in found], alone[method])
+
+
+def test_accelerate_must_not_load_in_its_own_way():
+    from adaptlora.distributed.fsdp import leave_out
+
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True, ignored_modules=None)
+    with pytest.raises(ValueError, match="^FSDP: cpu_ram_efficient_loading must be False, got True"):
+        leave_out(plugin, adapted("lora")[1], torch.device("cpu"))
+    assert plugin.ignored_modules is None
 
 
 # What works on a sharded base, and what says that it does not

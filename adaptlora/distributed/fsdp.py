@@ -1,8 +1,9 @@
-"""FSDP2 around an adapter: it shards the frozen base, and says when gradients are to be averaged."""
+"""FSDP2 around an adapter: it shards the frozen base, leaves the factors out, and says when gradients are to be averaged."""
 
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -32,3 +33,22 @@ def _noted(module: FSDPModule, wanted: dict[FSDPModule, bool]) -> Callable:
                 wanted[part] = requires_gradient_sync
 
     return set_and_note
+
+
+def leave_out(plugin, adapter, device: torch.device) -> None:
+    """
+    Have accelerate shard all but what `adapter` trains, which goes to `device` as FSDP would have brought it there.
+
+    Args: plugin: accelerate's FullyShardedDataParallelPlugin, before `Accelerator.prepare`. A pattern that it has in ignored_modules stays.
+    Raises: ValueError (cpu_ram_efficient_loading); nothing has changed then.
+    """
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "FSDP: cpu_ram_efficient_loading must be False, got True: it puts other parameters in the place of those that are left out"
+        )
+    if isinstance(plugin.ignored_modules, str):
+        return
+    trained = [*(layer.pair for layer in adapter.layers.values()), *adapter.saved.values()]
+    for module in trained:
+        module.to(device)
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), *trained]
