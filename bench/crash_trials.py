@@ -6,15 +6,12 @@ killed, bit for bit.
 """
 
 import argparse
-import hashlib
 import json
 import logging
-import mmap
 import os
 import random
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -29,15 +26,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from trials import PHASES, Journal, digest, start_random, wait
 
 import adaptlora
-from adaptlora.checksums import checksum
-from adaptlora.encoding import encode
 from adaptlora.integrations import trainer_checkpoint
 
 STEPS = 12
 ACCUMULATION = 2
-PHASES = ("start", "step", "clip", "save")
 RESULTS = Path(__file__).parent / "results" / "crash_trials.json"
 
 
@@ -64,57 +59,6 @@ def examples(count: int = 48) -> list[dict]:
     words = torch.randint(0, 50, (count, 9), generator=generator)
     labels = torch.randint(0, 3, (count,), generator=generator)
     return [{"input_ids": w, "labels": label} for w, label in zip(words, labels, strict=True)]
-
-
-class Journal:
-    """What a child leaves though it is killed: its phase in shared memory, and a line for each step in a file."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        self.memory = mmap.mmap(-1, 8)
-
-    def phase(self, name: str) -> None:
-        self.memory[:8] = struct.pack("q", PHASES.index(name))
-
-    def where(self) -> str:
-        return PHASES[struct.unpack("q", self.memory[:8])[0]]
-
-    def loss(self, step: int, loss: float) -> None:
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(f"{step} {loss.hex()}\n")
-
-    def losses(self) -> dict[int, set[str]]:
-        """{step: every loss that any attempt had there}"""
-        found: dict[int, set[str]] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            step, loss = line.split()
-            found.setdefault(int(step), set()).add(loss)
-        return found
-
-
-def digest(adapter, optimizer) -> dict[str, str]:
-    """SHA-256 of each part of what the next step would depend on."""
-    numpy_state = np.random.get_state()
-    parts = {
-        "adapter": adapter.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
-    }
-    found = {}
-    for name, part in parts.items():
-        tensors: dict[str, torch.Tensor] = {}
-        text = json.dumps(encode("digest", "", part, tensors), sort_keys=True)  # Trainer sorts what it writes
-        text += "".join(checksum(tensor.flatten()) for tensor in tensors.values())
-        found[name] = hashlib.sha256(text.encode()).hexdigest()
-    return found
-
-
-def start_random() -> None:
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)
 
 
 def train_raw(method: str, folder: Path, journal: Journal) -> dict[str, str]:
@@ -224,18 +168,6 @@ def spawn(loop: str, method: str, folder: Path, journal: Journal, before=None) -
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(status)
-
-
-def wait(pid: int, seconds: float | None = None) -> int | None:
-    """The child's exit status, negative for a signal; None if it still runs after `seconds`."""
-    end = None if seconds is None else time.monotonic() + seconds
-    while True:
-        found, status = os.waitpid(pid, 0 if end is None else os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= end:
-            return None
-        time.sleep(0.0005)
 
 
 class Reference:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 GRACE = 10.0
 _HANDLING = 1.0  # what one connection may take of a listener's time
 _LONGEST = 1 << 26  # bytes of a message
+_CUT = "cannot be reached"
 _LISTED = 5  # modules that an error lists
 
 
@@ -120,9 +121,10 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _ask(contact: Contact, message: dict, until: float) -> dict | str:
     """What the process there answers before the time `until`, or what is wrong with it."""
-    wrong = "does not answer"
+    wrong = _CUT
     while (left := until - time.monotonic()) > 0:
         try:
+            wrong = _CUT
             with socket.create_connection((contact.address, contact.port), timeout=left) as connection:
                 wrong = "does not answer"
                 _send(connection, message)
@@ -134,7 +136,7 @@ def _ask(contact: Contact, message: dict, until: float) -> dict | str:
         except TimeoutError:
             continue
         except (OSError, ValueError) as error:
-            wrong = f"cannot be reached ({error})"
+            wrong = f"{wrong} ({error})"
         time.sleep(0.05)
     return wrong
 
@@ -224,7 +226,7 @@ class Line:
 
     def _name(self, rank: int) -> str:
         contact = self.contacts[rank]
-        this = ", this one," if rank == self.rank else ""
+        this = "" if rank != self.rank else ", this one: the others found that it" if self._said else ", this one,"
         return f"process {rank} (pid {contact.pid} on {contact.host}){this}"
 
     def _wrong(self, answers: dict[int, dict | str], seconds: float) -> dict[int, str]:
@@ -233,9 +235,8 @@ class Line:
             # Who ended after that did so because of it.
             return {int(rank): what for said in self._said.values() for rank, what in said.items()}
         missing = {rank: answer for rank, answer in answers.items() if isinstance(answer, str)}
-        if len(missing) == len(answers) > 1 and "has ended" not in missing.values():
-            first = min(missing)
-            return {self.rank: f"is cut off from all others: process {first} {missing[first]}"}
+        if len(missing) == len(answers) > 1 and all(what.startswith(_CUT) for what in missing.values()):
+            return {self.rank: "is cut off: none of the others can be reached"}
         return missing or self.differences(answers) or self._late(answers, seconds)
 
     def differences(self, answers: dict[int, dict | str]) -> dict[int, str]:
