@@ -28,6 +28,10 @@ from ..tensor_files import open_tensors
 
 STATE = "trainer_state.json"
 _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
+# accelerate's names under FSDP: whole, or folders of torch.distributed.checkpoint
+_OPTIMIZERS = {_OPTIMIZER, "optimizer.bin", "optimizer_0"}
+_FSDP_WEIGHTS = {"pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"}
+_METADATA = ".metadata"  # which that writes last into its folders
 _INDEX = "model.safetensors.index.json"
 _RANDOM = re.compile(r"rng_state(?:_(\d+))?\.pth")
 
@@ -50,7 +54,7 @@ def seal(folder, *, first: bool = True, processes: Processes | None = None) -> N
 
 def _vouch(folder: Path) -> None:
     names = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    visible = [name for name in names if not any(part.startswith(".") and part != _METADATA for part in name.parts)]
     times = folder.stat()
     step = _check_state(folder)["global_step"]
     write_manifest(folder, TRAINER, step, [name.as_posix() for name in visible if name.name != MANIFEST])
@@ -80,17 +84,19 @@ def check(folder) -> None:
         processes = _processes(_check_state(folder))
         names = {file.name for file in folder.iterdir()}
         _check_weights(folder, names)
+    names = {name.partition("/")[0] for name in names}
     random = {name for name in names if _RANDOM.fullmatch(name)}
+    optimizers = names & _OPTIMIZERS or {_OPTIMIZER}
     # A seal names all that there were, and disks that nodes do not share have the files of their own processes alone.
     lost = None if sealed and random else _lost_random_state(random, processes)
-    for name in sorted({_OPTIMIZER, _SCHEDULER} - names) or ([lost] if lost else []):
+    for name in sorted({*optimizers, _SCHEDULER} - names) or ([lost] if lost else []):
         raise ValueError(
             f"{folder / name} is missing: the checkpoint cannot be resumed exactly (save_only_model leaves it out; or it was "
             "lost)"
         )
     if not sealed:
-        for name in sorted({_OPTIMIZER, _SCHEDULER, *random} | ({_SCALER} & names)):
-            _check_zip(folder / name)
+        for name in sorted({*optimizers, _SCHEDULER, *random} | ({_SCALER} & names)):
+            _check_saved(folder / name)
 
 
 def _processes(state: dict) -> int:
@@ -131,14 +137,21 @@ def _check_weights(folder: Path, names: set[str]) -> None:
             raise ValueError(f"{folder / _INDEX} must be an index of shards, whole: {error!r}") from error
         for name in sorted(shards - weights):
             raise ValueError(f"{folder / name} is missing, and {_INDEX} names it")
-    elif not weights:
+    elif not weights and not names & _FSDP_WEIGHTS:
         raise ValueError(f"{folder / 'model.safetensors'} is missing")
     for name in sorted(weights):
         with open_tensors("check", folder / name):
             pass
+    for name in sorted(names & _FSDP_WEIGHTS):
+        _check_saved(folder / name)
 
 
-def _check_zip(file: Path) -> None:
+def _check_saved(file: Path) -> None:
+    """Raises: ValueError if a file of torch.save's, or a folder of torch.distributed.checkpoint's, was not written to its end."""
+    if file.is_dir():
+        if not (file / _METADATA).exists():
+            raise ValueError(f"{file / _METADATA} is missing: the folder was not written to its end")
+        return
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
