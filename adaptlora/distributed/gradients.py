@@ -14,41 +14,62 @@ from .processes import ProcessGroup
 _DOING = "averaging gradients"  # as errors call it
 
 
-def _rows(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """`tensor`, of the parameter's shape, as its memory is ordered: a rank-major lora_B is read along its ranks."""
-    transposed = parameter.dim() == 2 and not parameter.is_contiguous() and parameter.t().is_contiguous()
-    return tensor.t() if transposed else tensor
+def _rank_major(parameter: nn.Parameter) -> bool:
+    """Whether a matrix lies in memory column by column, as lora_B does: rank vector by rank vector."""
+    return parameter.dim() == 2 and not parameter.is_contiguous() and parameter.t().is_contiguous()
+
+
+def _copy(into: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    if into:  # torch refuses none
+        torch._foreach_copy_(into, values)
 
 
 class Bucket:
     """
     All gradients of one dtype and device in one buffer, for a communication hook: what torch's hooks ask of DDP's GradBucket.
 
-    Behind the gradients there is one number for each parameter, 1 where this process has a gradient for it and else 0.
+    Behind the gradients there is one number for each parameter, 1 where this process has a gradient for it and else 0. The buffer and its
+    views are for parameters of these shapes and orders in memory, and are filled anew for every pass.
     """
 
     def __init__(self, parameters: list[nn.Parameter], index: int = 0, last: bool = True):
         self._parameters, self._index, self._last = parameters, index, last
-        self.shapes = [_rows(p, p).shape for p in parameters]
-        self.sizes = [p.numel() for p in parameters]
-        first = parameters[0]
-        self.there = [p.grad is not None for p in parameters]
-        pieces = [
-            first.new_zeros(size) if p.grad is None else _rows(p.grad.detach(), p).reshape(-1)
-            for p, size in zip(parameters, self.sizes, strict=True)
+        self._sizes = [p.numel() for p in parameters]
+        self._rank_major = [_rank_major(p) for p in parameters]
+        self._own = parameters[0].new_empty(sum(self._sizes) + len(parameters))
+        self._look_at(self._own)
+        self.fill()
+
+    def _look_at(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+        *parts, self._marks = buffer.split([*self._sizes, len(self._sizes)])
+        self._parts = [
+            part.view(p.t().shape).t() if rank_major else part.view(p.shape)
+            for part, p, rank_major in zip(parts, self._parameters, self._rank_major, strict=True)
         ]
-        self._buffer = torch.cat([*pieces, first.new_tensor([float(there) for there in self.there])])
+
+    @torch.no_grad()
+    def fill(self) -> "Bucket":
+        """The gradients as they are now."""
+        self.set_buffer(self._own)
+        gradients = [p.grad for p in self._parameters]
+        self._held = [i for i, grad in enumerate(gradients) if grad is not None]
+        if len(self._held) < len(gradients):
+            self._buffer.zero_()
+        self._marks[self._held] = 1
+        _copy([self._parts[i] for i in self._held], [gradients[i] for i in self._held])
+        return self
 
     def buffer(self) -> torch.Tensor:
         return self._buffer
 
     def set_buffer(self, tensor: torch.Tensor) -> None:
-        self._buffer = tensor
+        if tensor is not self._buffer:
+            self._look_at(tensor)
 
     def gradients(self) -> list[torch.Tensor]:
         """Views of the buffer, rank-major factors as rows of ranks."""
-        parts = self._buffer.split([*self.sizes, len(self.sizes)])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=False)]
+        return [part.t() if turned else part for part, turned in zip(self._parts, self._rank_major, strict=True)]
 
     def parameters(self) -> list[nn.Parameter]:
         return self._parameters
@@ -64,20 +85,14 @@ class Bucket:
         self._buffer.zero_()
         return self
 
+    @torch.no_grad()
     def write_back(self) -> None:
         """Every parameter gets its average; one that had no gradient in any process has none still."""
-        gradients = self.gradients()
-        held = [i for i, there in enumerate(self.there) if there]
-        torch._foreach_copy_(
-            [_rows(self._parameters[i].grad.detach(), self._parameters[i]) for i in held], [gradients[i] for i in held]
-        )
-        if len(held) < len(gradients):
-            elsewhere = self._buffer[-len(gradients) :].tolist()
-            for i, parameter in enumerate(self._parameters):
-                if not self.there[i] and elsewhere[i] > 0:
-                    grad = torch.empty_like(parameter)
-                    _rows(grad, parameter).copy_(gradients[i])
-                    parameter.grad = grad
+        _copy([self._parameters[i].grad for i in self._held], [self._parts[i] for i in self._held])
+        if len(self._held) < len(self._parameters):
+            for i, there in enumerate(self._marks.tolist()):
+                if there > 0 and self._parameters[i].grad is None:
+                    self._parameters[i].grad = torch.empty_like(self._parameters[i]).copy_(self._parts[i])
 
 
 class _Pass:
@@ -101,6 +116,8 @@ class GradientSync:
         group: the process group of the all-reduce, None for the default one.
         wanted: whether gradients are to be averaged now (not within no_sync).
         comm_hook: (state, hook), called as hook(state, bucket) -> Future of the averaged buffer, as DDP's hooks are; None for the average.
+        early: launch as soon as all gradients are there; False: at the end of the pass, so that the order among what FSDP sends
+            is the same on all processes whatever takes part on each.
     """
 
     def __init__(
@@ -112,13 +129,15 @@ class GradientSync:
         group=None,
         wanted: Callable[[], bool],
         comm_hook: tuple[object, Callable] | None = None,
+        early: bool = True,
     ):
         self._parameters, self._processes, self._group = list(parameters), processes, group
-        self._wanted, self._comm_hook = wanted, comm_hook
+        self._wanted, self._comm_hook, self._early = wanted, comm_hook, early
         self._paused = False
         self._pass: _Pass | None = None
         self._active: Callable[[], int] | None = None
         self._launches, self._lengths = 0, None
+        self._layout, self._buckets = None, []
         self._handles = [root.register_forward_hook(self._called)]
         for index, parameter in enumerate(self._parameters):
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready(index)))
@@ -161,7 +180,8 @@ class GradientSync:
         task = torch._C._current_graph_task_id()
         current = self._pass
         if current is None or current.task != task:
-            # An earlier pass that is still there ended with an error.
+            if current is not None:  # it ended with an error, and its buffers may still be on their way
+                self._layout = None
             pending = {i for i, p in enumerate(self._parameters) if p.requires_grad and p.numel()}
             current = self._pass = _Pass(task, sync, pending)
             Variable._execution_engine.queue_callback(lambda: self._end(current))
@@ -180,7 +200,7 @@ class GradientSync:
             if current.launched is not None:
                 current.late = True
             current.pending.discard(index)
-            if not current.pending and current.launched is None:
+            if self._early and not current.pending and current.launched is None:
                 current.launched = self._launch()
 
         return ready
@@ -191,17 +211,25 @@ class GradientSync:
 
     def buckets(self) -> list[Bucket]:
         """The gradients as they are now, to be averaged.  Raises: ProcessError, naming processes with gradients of other lengths."""
-        by_kind: dict[tuple, list[nn.Parameter]] = {}
-        for p in self._parameters:
-            if p.requires_grad and p.numel():
-                by_kind.setdefault((p.dtype, p.device), []).append(p)
-        numbered = enumerate(by_kind.values(), start=1)
-        found = [Bucket(parameters, number - 1, number == len(by_kind)) for number, parameters in numbered]
+        layout = [(p.requires_grad, p.shape, p.is_contiguous(), p.dtype, p.device) for p in self._parameters]
+        if layout == self._layout:
+            found = [bucket.fill() for bucket in self._buckets]
+        else:
+            found = self._buckets = self._new_buckets()
+            self._layout = layout
         lengths = [bucket.buffer().numel() for bucket in found]
         changed = lengths != self._lengths
         self._launches, self._lengths = self._launches + 1, lengths
         self._processes.expect(_DOING, changed)
         return found
+
+    def _new_buckets(self) -> list[Bucket]:
+        by_kind: dict[tuple, list[nn.Parameter]] = {}
+        for p in self._parameters:
+            if p.requires_grad and p.numel():
+                by_kind.setdefault((p.dtype, p.device), []).append(p)
+        numbered = enumerate(by_kind.values(), start=1)
+        return [Bucket(parameters, number - 1, number == len(by_kind)) for number, parameters in numbered]
 
     @torch.no_grad()
     def _launch(self) -> list[tuple[Bucket, Callable[[], object]]]:
