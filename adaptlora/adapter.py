@@ -708,6 +708,7 @@ class Adapter:
         if self._unmerged is not None:
             self.unmerge()
         self.check_trainable("detach")
+        self.method.end()
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base_layer)
         for name, module in self._originals.items():
@@ -715,7 +716,6 @@ class Adapter:
             _replace(self.model, name, module if trained is None else module.to(trained.device, trained.dtype))
         self._restore_fused_encoders()
         self._distribution.close()
-        self.method.end()
         _require_grad(self.model, self._required)
         self._attached = False
         return self.model

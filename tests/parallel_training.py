@@ -97,6 +97,9 @@ def train(kind: str, wrap: str = "", *, steps: int = 8, accumulation: int = 1, s
 
 def assert_same(found: dict, expected: dict, tolerance: float = 1e-10) -> None:
     assert found["ranks"] == expected["ranks"]
+    for name, value in expected["method"].items():
+        if isinstance(value, float):
+            assert abs(found["method"][name] - value) <= 1e-9 * abs(value), name
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, tensor in expected["tensors"].items():
         difference = (found["tensors"][name] - tensor).norm()

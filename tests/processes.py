@@ -18,6 +18,7 @@ _PRELOAD = [
     "torch.nn.parallel",
     "adaptlora",
     "adaptlora.distributed",
+    "adaptlora.distributed.setup",  # FSDP2
     "pytest",
 ]
 

@@ -119,21 +119,21 @@ def test_distribute_needs_a_process_group():
         Loop("normal").adapter.distribute()
 
 
-def _drifted():
-    """A process whose factors have drifted by a last bit, or far, has the ranks of the one that decides."""
+def _drifted(kind):
     rank, _ = process()
-    loop = Loop("normal", "bare")
+    loop = Loop(kind, "bare")
     for batch in batches(5):
         if rank and loop.adapter.method.t == 4:
+            layer = loop.adapter.layers["0"]
             with torch.no_grad():
-                loop.adapter.layers["0"].lora_A.mul_(torch.linspace(9, 1, 6, dtype=torch.float64)[:, None])
-                loop.adapter.layers["0"].lora_B.mul_(torch.linspace(9, 1, 6, dtype=torch.float64))
+                layer.lora_A.mul_(torch.linspace(9, 1, layer.rank, dtype=torch.float64)[:, None])
         loop.step([batch])
-    alone = loop.adapter.method.scores()
-    return loop.ranks, alone["0"], loop.adapter.method.state_dict()
+    return loop.ranks, [layer.lora_A.norm().item() for layer in loop.adapter.layers.values()], loop.state()["method"]
 
 
-def test_one_process_decides():
-    (ranks, scores, method), (others, other_scores, other_method) = run(2, _drifted, seconds=300)
-    assert ranks == others and ranks[-1] != ranks[0] and scores != other_scores
+@pytest.mark.parametrize("kind", ["normal", "lalora"])
+def test_one_process_decides(kind):
+    """A process whose factors have drifted has the ranks of the one that decides, and its method's state."""
+    (ranks, norms, method), (others, other_norms, other_method) = run(2, _drifted, kind, seconds=300)
+    assert ranks == others and ranks[-1] != ranks[0] and norms != other_norms
     assert method == other_method

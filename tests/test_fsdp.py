@@ -272,6 +272,35 @@ def test_shards_that_are_replicated_train_as_one_process_does(alone):
         assert_same_training([of_process[method] for of_process in found], alone[method])
 
 
+def _parts_that_differ() -> list:
+    """Gradients where one process leaves a layer's factors out, while FSDP reduces the head's."""
+    model = Model()
+    adapter = adaptlora.attach(model, METHODS["lora"])
+    shard(model, set(adapter.factors()))
+    adapter.distribute(model)
+    rank = adapter.processes.rank
+    if rank:
+        layer = adapter.layers["blocks.0.up"]
+        layer.forward = layer.base_layer.forward
+    x, labels = (tensor[rank::2] for tensor in data(0))
+    nn.functional.cross_entropy(model(x), labels).backward()
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in adapter.parameters()]
+
+
+def test_factors_may_take_part_on_some_processes_only():
+    model = Model()
+    adapter = adaptlora.attach(model, METHODS["lora"])
+    x, labels = data(0)
+    nn.functional.cross_entropy(model(x), labels).backward()
+    expected = [p.grad for p in adapter.parameters()]  # B = 0: the outputs are the base's on both
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x[::2]), labels[::2]).backward()
+    of_first = [p.grad / 2 for p in adapter.parameters()]
+    for found in run(2, _parts_that_differ):
+        for i, (grad, whole) in enumerate(zip(found, expected, strict=True)):
+            torch.testing.assert_close(grad, whole if i > 1 else of_first[i], rtol=0, atol=1e-10)
+
+
 # accelerate
 
 
@@ -415,7 +444,7 @@ def _refusals() -> dict[str, str]:
             y = model(x).detach()
             said[f"merge {method} {kept}"] = _message(adapter.merge)
             if method == "nora":
-                said[f"restore {kept}"] = _message(adapter.method.end)
+                said[f"detach {kept}"] = _message(adapter.detach)
                 layer = adapter.layers["blocks.0.up"]
                 other = layer.outer._replace(S=layer.outer.S * 2)
                 said[f"take_outer {kept}"] = _message(layer.take_outer, other)
@@ -438,7 +467,7 @@ def _refusals() -> dict[str, str]:
 def test_what_a_sharded_base_cannot_do_is_an_error_that_changes_nothing():
     expected = {
         "merge": "merge: base_layer must not be sharded, got one of FSDP",
-        "restore": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
+        "detach": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
         "take_outer": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
         "load_state_dict": "load_state_dict: blocks.1.down: NoRALinear: base_layer must not be sharded",
         "attach": "dequantised_weight: module must not be sharded",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch.nn.parallel import DistributedDataParallel
 
 from .gradients import Bucket, GradientSync
+from .processes import ProcessGroup
 
 
 class _Shadow:
@@ -79,7 +80,9 @@ def check_ddp(ddp: DistributedDataParallel) -> None:
         raise ValueError(f"distribute: DistributedDataParallel must hold one device, got {ddp.device_ids}")
 
 
-def take_over(ddp: DistributedDataParallel, sync: GradientSync, ignored_buffers: set[str], follow, final) -> None:
+def take_over(
+    ddp: DistributedDataParallel, sync: GradientSync, processes: ProcessGroup, ignored_buffers: set[str], follow, final
+) -> None:
     """
     Put a stand-in in the place of the reducer, whose hooks and buckets go.
 
@@ -94,6 +97,8 @@ def take_over(ddp: DistributedDataParallel, sync: GradientSync, ignored_buffers:
     ddp.parameters_to_ignore = set(ddp.parameters_to_ignore) | ignored_buffers
     ddp._assign_modules_buffers()
     ddp.register_comm_hook = sync.register_comm_hook
+    sync_buffers = ddp._sync_buffers
+    ddp._sync_buffers = lambda: processes.run("DistributedDataParallel: sending buffers", sync_buffers)
     sync_final_model = type(ddp)._sync_final_model
 
     def sync_final(is_last_joiner: bool) -> None:

@@ -39,7 +39,8 @@ def distribute(
     processes = ProcessGroup(group, timeout)
     distribution = Distribution(processes, ddp=ddp)
     _check_state(adapter, processes)
-    if isinstance(root, FSDPModule):
+    sharded = any(isinstance(module, FSDPModule) for module in root.modules())
+    if sharded:
         from .fsdp import follow_gradient_sync
 
         wanted = follow_gradient_sync(root)
@@ -56,13 +57,19 @@ def distribute(
     if timeout is not None and all(_over_gloo(p, group) for p in trained.values()):
         group = processes.control  # the same backend with that timeout
     distribution.gradients = sync = GradientSync(
-        inner, list(trained.values()), processes, group=group, wanted=wanted, comm_hook=_hook(ddp, comm_hook)
+        inner,
+        list(trained.values()),
+        processes,
+        group=group,
+        wanted=wanted,
+        comm_hook=_hook(ddp, comm_hook),
+        early=not sharded,
     )
     processes.show(lambda: {"step": adapter.method.t, "ranks": adapter.ranks(), **sync.facts()})
     if ddp is not None:
         own = {id(buffer) for layer in adapter.layers.values() for buffer in layer.buffers()}
         ignored = {name for name, buffer in ddp.module.named_buffers() if id(buffer) in own}
-        take_over(ddp, distribution.gradients, ignored, adapter.follow_step, adapter.take_state_of)
+        take_over(ddp, sync, processes, ignored, adapter.follow_step, adapter.take_state_of)
     processes.run(
         "distribute: sending the parameters of process 0", _broadcast, adapter, trained, group, processes.ranks[0]
     )
@@ -95,8 +102,7 @@ def _broadcast(adapter, trained: dict[str, nn.Parameter], group, source: int) ->
     factors = {id(factor) for factor in adapter.factors()}
     tensors = [p.data for p in trained.values() if id(p) not in factors]
     for layer in adapter.layers.values():
-        lora_A, lora_B = layer.pair.whole()
-        tensors += [lora_A, lora_B.t()]
+        tensors += layer.pair.whole_rows()
     by_kind: dict[tuple, list[torch.Tensor]] = {}
     for tensor in tensors:
         by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -131,7 +137,7 @@ def _trained(adapter, root: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(factor.data, DTensor):
             raise ValueError(
                 f"distribute: the adapter's factors must not be sharded, got a DTensor for {names.get(id(factor))}: pass "
-                "ignored_params=set(adapter.factors()) to fully_shard"
+                "ignored_params=set(adapter.parameters()) to fully_shard"
             )
         if id(factor) not in held:
             raise ValueError(

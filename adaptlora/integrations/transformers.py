@@ -101,6 +101,12 @@ class AdapterCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args, state, control, **kwargs):
         if self._quantised:
             self.adapter.model.is_quantized = True
+        trainer = _running_trainer()
+        plugin = None if trainer is None else getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None:
+            from ..distributed.fsdp import leave_out
+
+            leave_out(plugin, self.adapter, trainer.accelerator.device)
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         self._training.close()  # of a training that an error ended
@@ -232,6 +238,6 @@ class AdapterCallback(TrainerCallback, ExportableState):
         if self.adapter.method.awaits_clip():
             warnings.warn(
                 f"the ranks were not changed in {self.adapter.method.t} steps (phase: {self.adapter.method.phase}); "
-                "set t_p and t_c, or max_steps for an adaptive schedule",
+                "its steps must end before training does",
                 stacklevel=2,
             )
