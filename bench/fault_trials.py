@@ -123,7 +123,7 @@ def train(method: str, wrapped: bool, timeout: float, folder: Path, journal: Jou
 
 
 def _die_in_change(step: int, moment: str, journal: Journal) -> None:
-    """Kill this process within the first rank change from `step` on: before the decision arrives, before all agree, or before it is carried out."""
+    """Kill this process in the first rank change from `step` on: before the decision, before all agree, or before it is carried out."""
     broadcast, reached = decisions.decide, decisions.Agreement.reached
 
     def kill() -> None:
