@@ -33,7 +33,7 @@ from rich.table import Table
 
 import adaptlora
 
-RESULTS = Path(__file__).resolve().parent / "results" / "bench_distributed.json"
+ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = (1, 2, 4)
 TIMED_RANKS = (1, 8, 32)
 ALONE = ", without averaging"
@@ -171,7 +171,9 @@ def show(results: dict, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few cases and rounds: whether it runs, not how fast")
-    parser.add_argument("--json", action="store_true", help=f"write {RESULTS.relative_to(RESULTS.parents[2])}")
+    parser.add_argument(
+        "--json", action="store_true", help="write results/bench_distributed.json, with --quick in runs/bench-quick"
+    )
     parser.add_argument("--bytes", action="store_true", help="count bytes and time nothing: for a machine that is busy")
     parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
     options = parser.parse_args()
@@ -186,7 +188,9 @@ def main() -> None:
             each |= {kind: each[kind].summary() for kind in ("step", "backward")}
         report["runs"].append(results)
     if options.json:
-        RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        folder = ROOT / ("runs/bench-quick" if options.quick else "bench/results")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "bench_distributed.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
