@@ -9,12 +9,13 @@ import weakref
 import torch
 from torch import nn
 
-from . import io, nora_files
+from . import io
+from .adapter_contents import AdapterContents
 from .config import LoraConfig
 from .distributed.distribution import Distribution, must_distribute
 from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
-from .nn import LoraLinear, Outer
+from .nn import LoraLinear
 from .optimizer_state import check_optimizer
 from .optimizer_wrappers import check_attributes, held_parameters, nested, unwrap
 from .ranks import commit_ranks
@@ -130,23 +131,6 @@ def load(model: nn.Module, path, *, progress=None) -> "Adapter":
     return adapter
 
 
-def _like(weighting: torch.Tensor | None, layer) -> torch.Tensor | None:
-    return None if weighting is None else weighting.to(layer.outer_S)
-
-
-def _outer_state(layer) -> dict:
-    return layer.outer._asdict() | {"weighting": layer.weighting, "residual": layer.residual}
-
-
-def _check_outer_state(layer, state: dict) -> None:
-    """Raises: ValueError if a nested layer's frozen factors, or what was taken out of its base, cannot be those of `state`."""
-    layer.check_outer(Outer(*(state[field] for field in Outer._fields)))
-    if state["residual"] != layer.residual:
-        raise ValueError(
-            f"what was taken out of the base must be of (rank, scaling) {layer.residual}, got {state['residual']}"
-        )
-
-
 def _unwrapped(optimizer) -> list:
     """Those around others that keep state of their own, then those that make the steps."""
     around, stepping = unwrap(optimizer)
@@ -174,7 +158,7 @@ def _watch(optimizer: torch.optim.Optimizer, method: Method) -> None:
             register(telling(event))
 
 
-class Adapter:
+class Adapter(AdapterContents):
     """
     An adapter on a model: its trainable parameters, its method, its file.  Made by `attach` and `load`.
 
@@ -428,9 +412,10 @@ class Adapter:
             process_group: of the all-reduce; None for the wrapper's, or all processes. A group of one leaves everything as it is.
             comm_hook: (state, hook) in the place of the average: hook(state, bucket) -> Future of the buffer, as DDP's hooks are; None for
                 the one that DDP was given.
-            timeout: timedelta to wait for other processes when ranks change; None for torch's.
+            timeout: timedelta to wait for other processes: when they agree on something, and for gradients and DDP's own messages where
+                gloo sends them; None for that of the process group, by which NCCL's watchdog goes in any case.
         Raises: ValueError (no process group; not the adapter's model; factors that are sharded; processes with other ranks, or at other
-            steps), in all processes.
+            steps), in all processes. From then on ProcessError, wherever processes are waited for: it names those that are missing.
         """
         from .distributed.setup import distribute
 
@@ -490,178 +475,6 @@ class Adapter:
             "t_c": self.method.t_c,
             **self.method.summary(),
         }
-
-    # Files and state
-
-    def save(self, path, *, format: str = "peft", fold_residual: bool = True, save_outer: bool = False) -> None:
-        """
-        Write the adapter to the folder `path`, its files as one: whatever happens, adaptlora finds the old adapter or this one there. Stock
-        PEFT can meet the new weights with the old configuration after a kill between the two renames, until adaptlora next looks or
-        saves. Files that are no adapter's are left alone.
-
-        Args:
-            format: "peft": `PeftModel.from_pretrained(base, path)` computes what this model computes; modules of rank 0 are left out,
-                and ranks that change in many steps lie beside it in rank_history.json. "nora": NoRA's inner factors, for `adaptlora.load`.
-            fold_residual: of "peft" and NoRA with a residual: True adds what was taken out of the base as r more rank vectors, for
-                the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
-            save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
-        Raises: ValueError (every rank is 0, another format, NoRA's for another method; NonFiniteError: NaN or infinite weights, which are
-            not written over a good adapter), OSError (disk full, no such right, TimeoutError
-            where another process writes to the folder for long): the path is named.
-        """
-        if format == "peft":
-            io.write(self, path, fold_residual=fold_residual)
-        elif format == "nora" and self.method.nested:
-            nora_files.write(self, path, save_outer=save_outer)
-        else:
-            rule = '"peft" or "nora"' if self.method.nested else '"peft"'
-            raise ValueError(f"save: format must be {rule} for {type(self.config).__name__}, got {format!r}")
-
-    def load(self, path) -> None:
-        """
-        Take ranks, scalings and weights from a PEFT adapter folder, where a module that the file lacks gets rank 0; or the inner factors
-        from a NoRA folder, whose outer factors must be those of this adapter.
-
-        Raises: FileNotFoundError, ValueError (damaged, unsupported, or does not fit); nothing has changed then.
-        """
-        self.check_trainable("load")
-        self._fill(io.read(path))
-
-    def _fill(self, stored) -> None:
-        io.check_fits(stored, self)
-        if self.method.nested:
-            for name, outer in stored.outer.outers.items():
-                self.layers[name].take_outer(outer)
-            for name, layer in self.layers.items():
-                layer.weighting = _like(stored.outer.weightings.get(name), layer)
-        self._take(stored.factors, stored.scalings)
-        for name, tensors in stored.saved.items():
-            self.saved[name].load_state_dict(tensors)
-
-    def base_state_dict(self) -> dict[str, torch.Tensor]:
-        """The plain model's tensors by its own names: base weights, less what NoRA took out of them, and modules trained whole."""
-        own = {f"{name}.{key}" for name, layer in self.layers.items() for key in layer.state_dict()}
-        tensors = {key: tensor for key, tensor in self.model.state_dict().items() if key not in own}
-        for name, layer in self.layers.items():
-            tensors |= {f"{name}.{key}": tensor for key, tensor in layer.base_layer.state_dict().items()}
-        return tensors
-
-    def _take(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]) -> None:
-        """Checked ranks, weights and scalings from outside; a module without any gets rank 0."""
-        ranks = {name: factors[name][0].shape[0] if name in factors else 0 for name in self.layers}
-        self.method.check_ranks(ranks)
-        self._commit(ranks, compact=True)
-        if self.method.parks:
-            # Room to grow into, as there was at first: vectors are drawn, and parked.
-            self._commit(self.method.largest_ranks(), compact=False)
-            self._commit(ranks, compact=False)
-        with torch.no_grad():
-            for name, (lora_A, lora_B) in factors.items():
-                self.layers[name].set_factors(lora_A, lora_B)
-                self.layers[name].scaling = scalings[name]
-        self.method.start_from(ranks)
-
-    def replace_factors(
-        self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], scalings: dict[str, float]
-    ) -> None:
-        """
-        Other factors for the same modules: ranks follow, a module without any gets rank 0, and tracked optimizers forget the
-        state of all factors, whose vectors are others now.
-
-        Args: factors: {module name: (lora_A (R, K), lora_B (N, R))}, any rank, any floating dtype.   scalings: {module name: number}.
-        Raises: ValueError (an unknown module, a shape, ranks that the method refuses); nothing has changed then.
-        """
-        self.check_trainable("replace_factors")
-        if self.method.nested:
-            raise ValueError(
-                "replace_factors: the adapter must hold plain pairs, got NoRA's nested ones (save it for PEFT and load that)"
-            )
-        for name, (lora_A, lora_B) in factors.items():
-            if name not in self.layers:
-                raise ValueError(f"replace_factors: factors must name adapted modules, got {name!r}")
-            io.check_pair("replace_factors", name, lora_A, lora_B, self.layers[name])
-            scaling = scalings.get(name)
-            if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-                raise ValueError(f"replace_factors: scalings must give {name} a finite number, got {scaling!r}")
-        self._take(factors, scalings)
-        for layer in self.layers.values():
-            for optimizer in layer.pair.optimizers:
-                for factor in layer.pair.factor_names:
-                    optimizer.state.pop(getattr(layer.pair, factor), None)
-
-    def state_dict(self) -> dict:
-        """
-        Factors, parked vectors, what a method keeps of each element, scalings, modules_to_save and the method's own state; tensors are
-        the live ones but for the parked.
-        """
-        return {
-            "factors": {name: layer.pair.factors() for name, layer in self.layers.items()},
-            "statistics": {name: layer.pair.statistics() for name, layer in self.layers.items()},
-            "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
-            "outer": {name: _outer_state(layer) for name, layer in self.layers.items()} if self.method.nested else {},
-            "scalings": {name: layer.scaling for name, layer in self.layers.items()},
-            "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
-            "method": self.method.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """
-        Inverse of `state_dict`; ranks follow the state. The state of parked vectors goes to the tracked optimizers, or to the next one that
-        is tracked.
-
-        Raises: ValueError (other modules or shapes); nothing has changed then.
-        """
-        factors = state["factors"]
-        if factors.keys() != self.layers.keys():
-            different = sorted(factors.keys() ^ self.layers.keys())
-            raise ValueError(
-                f"load_state_dict: factors must name the adapter's modules, got a difference in {different[:5]}"
-            )
-        for name, pair in factors.items():
-            io.check_factors("load_state_dict", name, pair, self.layers[name])
-        io.check_saved("load_state_dict", state["modules_to_save"], self.saved)
-        expected_fields = {
-            "scalings": self.layers,
-            "parked": self.layers,
-            "statistics": self.layers,
-            "outer": self.layers if self.method.nested else {},
-            "method": self.method.state_dict(),
-        }
-        for field, expected in expected_fields.items():
-            if state[field].keys() != expected.keys():
-                different = sorted(state[field].keys() ^ expected.keys())
-                raise ValueError(
-                    f"load_state_dict: {field} must have the adapter's entries, got a difference in {different[:5]}"
-                )
-        for name, layer in self.layers.items():
-            scaling = state["scalings"][name]
-            if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-                raise ValueError(f"load_state_dict: scalings must give {name} a finite number, got {scaling!r}")
-            try:
-                layer.pair.check_parked(state["parked"][name])
-                layer.pair.check_statistics(state["statistics"][name], factors[name]["lora_A"].shape[0])
-                if self.method.nested:
-                    _check_outer_state(layer, state["outer"][name])
-            except ValueError as error:
-                raise ValueError(f"load_state_dict: {name}: {error}") from error
-        try:
-            self.method.check_state(state["method"])
-        except ValueError as error:
-            raise ValueError(f"load_state_dict: {error}") from error
-        self._commit({name: pair["lora_A"].shape[0] for name, pair in factors.items()}, compact=True)
-        for name, outer in state["outer"].items():
-            self.layers[name].take_outer(Outer(*(outer[field] for field in Outer._fields)))
-            self.layers[name].weighting = _like(outer["weighting"], self.layers[name])
-        with torch.no_grad():
-            for name, pair in factors.items():
-                for factor, values in pair.items():
-                    getattr(self.layers[name].pair, factor).copy_(values)
-                self.layers[name].pair.park(state["parked"][name])
-                self.layers[name].pair.take_statistics(state["statistics"][name])
-                self.layers[name].scaling = state["scalings"][name]
-        for name, tensors in state["modules_to_save"].items():
-            self.saved[name].load_state_dict(tensors)
-        self.method.load_state_dict(state["method"])
 
     # The model around it
 

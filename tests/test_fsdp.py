@@ -460,6 +460,9 @@ def _refusals() -> dict[str, str]:
     adapter = adaptlora.attach(model, adaptlora.LoraConfig(r=1, target_modules=ADAPTED))
     shard(model)  # a factor of one rank is contiguous either way: FSDP takes it
     said["distribute"] = _message(adapter.distribute, model)
+    model, adapter = adapted("lora")
+    shard(model, set(adapter.factors()))
+    said["save"] = _message(adapter.save, "nowhere")
     assert adapter.processes.size == 1
     return said
 
@@ -467,6 +470,7 @@ def _refusals() -> dict[str, str]:
 def test_what_a_sharded_base_cannot_do_is_an_error_that_changes_nothing():
     expected = {
         "merge": "merge: base_layer must not be sharded, got one of FSDP",
+        "save": "save: modules_to_save must be whole in every process, and FSDP shards head",
         "detach": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
         "take_outer": "NoRALinear: base_layer must not be sharded while W − ΔW_0 is its weight",
         "load_state_dict": "load_state_dict: blocks.1.down: NoRALinear: base_layer must not be sharded",

@@ -56,6 +56,8 @@ def distribute(
     inner = root if ddp is None else ddp.module
     if timeout is not None and all(_over_gloo(p, group) for p in trained.values()):
         group = processes.control  # the same backend with that timeout
+        if ddp is not None:
+            ddp.process_group = group
     distribution.gradients = sync = GradientSync(
         inner,
         list(trained.values()),

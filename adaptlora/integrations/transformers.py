@@ -141,7 +141,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 "Trainer: among several processes the callback must be called by a transformers Trainer, got none on the stack"
             )
-        self.adapter.distribute(trainer.model_wrapped)
+        self.adapter.distribute(trainer.model_wrapped, timeout=trainer.args.ddp_timeout_delta)
 
     def _go_first(self, callbacks: list) -> None:
         """Reporters come before callbacks that users add: what is to be in a log must be there before them."""
