@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_training import CONFIGS, batches, network, process
+from processes import run
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +30,14 @@ def loss_of(model, batch):
 """
 
 
-def _script(name: str, folder: Path) -> Path:
+def _block(words: str) -> str:
     text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    (block,) = [
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block.startswith(f"# {name}:")
-    ]
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if words in block]
+    return block
+
+
+def _script(name: str, folder: Path) -> Path:
+    block = _block(f"# {name}:")
     (folder / "task.py").write_text(TASK)
     (folder / name).write_text(block)
     return folder / name
@@ -87,3 +92,27 @@ def test_accelerate_launch(tmp_path):
     beside = load_file(tmp_path / "out" / "checkpoint-6" / "adapter" / "adapter_model.safetensors")
     assert found.keys() == beside.keys() and all(torch.equal(found[name], beside[name]) for name in found)
     assert (tmp_path / "out" / "checkpoint-6" / "rng_state_1.pth").exists()
+
+
+def _functions(folder):
+    names: dict = {}
+    for words in ("def shard(", "def save_and_load("):
+        exec(_block(words), names)
+    layers = [*network()]
+    model = torch.nn.Sequential(torch.nn.Sequential(*layers[:3]), *layers[3:])
+    adapter, optimizer = names["shard"](model, [model[0]], CONFIGS["normal"]())
+    rank, size = process()
+    for x, y in batches(6):
+        loss = (model(x.chunk(size)[rank]) - y.chunk(size)[rank]).square().mean()
+        (loss + adapter.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.step(loss)
+    before = [factor.detach().clone() for factor in adapter.factors()]
+    names["save_and_load"](folder, adapter, optimizer)
+    return [torch.equal(one, other) for one, other in zip(before, adapter.factors(), strict=True)], adapter.ranks()
+
+
+def test_functions_of_the_docs(tmp_path):
+    for same, ranks in run(2, _functions, tmp_path, seconds=300):
+        assert all(same) and sum(ranks.values()) == 9
