@@ -36,12 +36,13 @@ class ProcessError(RuntimeError):
 
 
 class Contact(NamedTuple):
-    """Where a process listens."""
+    """Where a process listens, and for which of its groups."""
 
     host: str
     pid: int
     address: str
     port: int
+    token: str = ""
 
 
 def _own_address() -> str:
@@ -127,7 +128,7 @@ def _ask(contact: Contact, message: dict, until: float) -> dict | str:
             wrong = _CUT
             with socket.create_connection((contact.address, contact.port), timeout=left) as connection:
                 wrong = "does not answer"
-                _send(connection, message)
+                _send(connection, message | {"token": contact.token})
                 connection.settimeout(max(0.01, until - time.monotonic()))
                 # Another process that has this port now knows no such token.
                 return _read(connection) or "has ended"
@@ -166,17 +167,15 @@ class Line:
         self._doing, self._since = "", time.monotonic()
         # What others found before they raised: {process: {culprit: what}}.
         self._said: dict[int, dict[str, str]] = {}
-        listener = _listen()
-        told = gather((secrets.token_hex(8), listener.contact))
-        self._token, self.contacts = told[0][0], [contact for _, contact in told]
-        listener.lines[self._token] = self
-        gather(None)  # now all can answer
-        neighbour = self.contacts[(rank + 1) % len(told)]
+        listener, token = _listen(), secrets.token_hex(8)
+        listener.lines[token] = self
+        self.contacts: list[Contact] = gather(listener.contact._replace(token=token))
+        neighbour = self.contacts[(rank + 1) % len(self.contacts)]
         self.reachable = all(gather(isinstance(self._ask([neighbour])[0], dict)))
 
     def _ask(self, contacts: list[Contact], said: dict | None = None, seconds: float | None = None) -> list[dict | str]:
         """The answers, each a state or what is wrong; all asked at once."""
-        message = {"token": self._token, "process": self.rank, "said": said}
+        message = {"process": self.rank, "said": said}
         until = time.monotonic() + (self.grace if seconds is None else seconds)
         if not contacts:
             return []
