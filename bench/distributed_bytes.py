@@ -3,14 +3,15 @@
 import torch.distributed as dist
 from communication import decision_bytes, gradient_bytes
 from distributed_providers import FLOOR, LINEARS, MINILM, Case, Trained, batch, encoder
-from gloo_wire import wire_all_gather, wire_all_reduce, wire_broadcast
+from gloo_wire import HEADER, wire_all_gather, wire_all_reduce, wire_broadcast
 from loopback import Counter
 from torch.distributed.fsdp import fully_shard
 
 import adaptlora
 
-# The model of the bytes on the wire must be this near; it cannot know how many acknowledgements ride on other packets.
-WIRE_TOLERANCE = 0.05
+# How near the model must be. It counts one acknowledgement a message, where the kernel sends none to three: little beside gradients, but
+# a seventh of the 352 bytes that a message of no length costs.
+WIRE_TOLERANCE = {"wire": 0.05, "told wire": HEADER / wire_broadcast(0, 2)}
 
 
 def shapes(adapter) -> dict[str, tuple[int, int]]:
@@ -104,10 +105,8 @@ def check(results: dict, isolated: bool) -> None:
     for row in rows:
         if "modelled" in row:
             assert row["hook"] == row["modelled"], f"the hook saw {row['hook']} bytes, not {row['modelled']}: {row}"
-        for key in ("wire", "told wire"):
+        for key, tolerance in WIRE_TOLERANCE.items():
             predicted = row.get(f"{key} modelled")
             if isolated and predicted is not None:
                 error = abs(row[key] - predicted)
-                assert error <= WIRE_TOLERANCE * predicted, (
-                    f"{key}: {row[key]} bytes, and {predicted} were predicted: {row}"
-                )
+                assert error <= tolerance * predicted, f"{key}: {row[key]} bytes, and {predicted} were predicted: {row}"

@@ -2,12 +2,15 @@
 
 import ctypes
 import fcntl
+import os
 import socket
 import struct
 import time
 from pathlib import Path
 
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+TAIL_PROBES = Path("/proc/sys/net/ipv4/tcp_early_retrans")
 
 
 def own_network() -> bool:
@@ -16,6 +19,9 @@ def own_network() -> bool:
         return False
     with socket.socket() as request:
         fcntl.ioctl(request, 0x8914, struct.pack("16sh14x", b"lo", 0x41))  # SIOCSIFFLAGS: up, running
+    # A busy machine acknowledges late, and would be sent the last packet again to see whether it was lost.
+    if os.access(TAIL_PROBES, os.W_OK):
+        TAIL_PROBES.write_text("0")
     return True
 
 
