@@ -47,6 +47,8 @@ class Case:
             self.phase = self.kind.removeprefix("kill-")
         if self.kind == "kill-clip" and self.method == "normal":
             self.step = CLIP - 1
+        if self.kind == "cut":
+            self.step = min(self.step, STEPS - 4)  # pulling the cable takes about a step
         self.delay = draw.uniform(0, 0.015)
         self.moment = draw.choice(MOMENTS)
         self.resumed_on = self.size if draw.random() < 0.7 else draw.choice([n for n in SIZES if n != self.size])
@@ -112,8 +114,8 @@ def train(method: str, wrapped: bool, timeout: float, folder: Path, journal: Jou
 
 
 def _die_in_change(step: int, moment: str, journal: Journal) -> None:
-    """Kill this process in the first rank change from `step` on: before the decision, before all agree, or before it is carried out."""
-    broadcast, reached = decisions.decide, decisions.Agreement.reached
+    """Kill this process when ranks are decided on, from `step` on: before the decision, before all agree, or before it is carried out."""
+    decide, compare = decisions.decide, decisions.Agreement._compare
 
     def kill() -> None:
         if journal.step() >= step:
@@ -121,18 +123,18 @@ def _die_in_change(step: int, moment: str, journal: Journal) -> None:
 
     def dying_decide(*arguments):
         kill()
-        return broadcast(*arguments)
+        return decide(*arguments)
 
-    def dying_reached(agreement, ranks):
+    def dying_compare(*arguments):
         if moment == "agreement":
             kill()
-        reached(agreement, ranks)
+        compare(*arguments)
         kill()
 
     if moment == "decision":
         distribution.decide = dying_decide
     else:
-        decisions.Agreement.reached = dying_reached
+        decisions.Agreement._compare = dying_compare
 
 
 class Job:
