@@ -206,18 +206,7 @@ def write(done: list[dict], seed: int, timeout: float) -> None:
             "faults": [fault for result in of_kind for fault in result["faults"]],
             "an_error": said,
         }
-    fields = (
-        "number",
-        "kind",
-        "method",
-        "wrapped",
-        "size",
-        "victim",
-        "step",
-        "where",
-        "resumed_on",
-        "raised_and_ended_after",
-    )
+    fields = ["number", "kind", "method", "wrapped", "size", "victim", "step", "where", "resumed_on", "raised_and_ended_after"]  # fmt: skip
     trials = [{field: result[field] for field in fields} for result in done]
     report = {"environment": environment(), "seed": seed, "timeout": timeout, "kinds": kinds, "trials": trials}
     RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
