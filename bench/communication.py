@@ -7,8 +7,8 @@ n processes, all linear projections adapted, the base frozen. In the mean over t
     DDP      2 (n−1)/n · G                      one all-reduce of the factors' gradients
     FSDP2    the same + (n−1)/n · (2 P + E)     the frozen base gathered: its blocks P for forward and again for backward, the rest E once
     HSDP     the same + (8−1)/8 · (2 P + E)     FSDP2 that shards within a node of 8: nothing but the factors' gradients leaves it
-with G = itemsize · Σ over modules of r (K + N) + 2, the 2 being the marks that say which gradients are there. A ring sends this, and
-so does a tree. Times are estimates from data-sheet bandwidths and NCCL's own latencies: no network has been timed for them.
+with G = itemsize · (2 + Σ over modules of r (K + N) + 2): marks that say which gradients are there, and which step it is. A ring sends
+this, and so does a tree. Times are estimates from data-sheet bandwidths and NCCL's own latencies: no network has been timed for them.
 """
 
 import argparse
@@ -82,9 +82,9 @@ def factor_numbers(shapes: Shapes, ranks: Ranks) -> float:
 
 
 def gradient_bytes(shapes: Shapes, ranks: Ranks, itemsize: int = 4) -> float:
-    """Bytes of the one buffer: all gradients of the factors, and a mark for each factor that has rank vectors."""
+    """Bytes of the one buffer: all gradients of the factors, a mark for each factor that has rank vectors, and the two of the step."""
     marks = 2 * sum((ranks[m] if isinstance(ranks, Mapping) else ranks) > 0 for m in shapes)
-    return itemsize * (factor_numbers(shapes, ranks) + marks)
+    return itemsize * (factor_numbers(shapes, ranks) + marks + 2)
 
 
 def all_reduce(nbytes: float, n: int) -> float:

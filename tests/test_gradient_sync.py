@@ -144,13 +144,58 @@ def test_passes_of_every_kind():
             assert all(torch.equal(gradients[name], grad) for name, grad in own[rank, False].items())
 
 
+def _after_errors():
+    """Passes that begin at a gradient, the first of which fails; none of them goes through the root."""
+    rank, _ = process()
+    model = _Branches()
+    sync = _synced(model)
+
+    def fail(_):
+        raise ArithmeticError
+
+    handle = model.first.weight.register_hook(fail)
+    for _ in range(2):
+        with pytest.raises(ArithmeticError):
+            model.twice(model.first(_x(rank))).square().mean().backward()
+    handle.remove()
+    model.zero_grad()
+    model.twice(model.first(_x(rank))).square().mean().backward()
+    return model.first.weight.grad, sync.facts()["launch"]
+
+
+def test_passes_that_failed_are_over():
+    (first, launches), (second, _) = run(2, _after_errors, seconds=300)
+    assert torch.equal(first, second) and launches == 1
+
+
+def _one_pass_more():
+    rank, _ = process()
+    loop = Loop("nora", "ddp")
+    (x, y), *others = batches(4)
+    if rank == 0:
+        torch.autograd.grad(loop.wrapped(x.requires_grad_()).sum(), x)
+    try:
+        for batch in [(x, y), *others]:
+            loop.step([batch])
+    except adaptlora.ProcessError as error:
+        return loop.adapter.method.t, str(error)
+    return None
+
+
+def test_a_pass_of_one_process_alone_is_an_error():
+    """The first step averages it with the others' first; in the second they are in different steps."""
+    found = run(3, _one_pass_more, seconds=60)
+    assert any("must make the same backward passes in each step" in said for _, said in found)
+    assert all(steps <= 1 for steps, _ in found)
+
+
 def test_bytes_are_those_of_the_ranks():
-    """Once in each step of two micro-batches: as many numbers as the ranks say, and one for each factor."""
+    """Once in each step of two micro-batches: as many numbers as the ranks say, one for each factor, and two."""
     (counted, ranks), _ = run(2, _counted, seconds=300)
     numbers = {"0": 12 + 20, "2": 20 + 20, "4": 20 + 3}
     for found, before in zip(counted, ranks, strict=True):
         gradients = sum(width * rank for width, rank in zip(numbers.values(), before, strict=True))
-        assert found == 8 * (gradients + 2 * len(numbers))
+        assert found == 8 * (gradients + 2 * len(numbers) + 2)
     assert counted[-1] < counted[0]
 
 
@@ -230,13 +275,13 @@ def test_a_bucket_reads_and_writes_in_the_order_of_memory():
     parameter = nn.Parameter(torch.zeros(3, 4).t())
     parameter.grad = torch.arange(12.0).view(4, 3)
     other = nn.Parameter(torch.zeros(2))
-    bucket = Bucket([parameter, other])
-    assert torch.equal(bucket.buffer(), torch.tensor([*parameter.grad.t().flatten(), 0, 0, 1, 0]))
+    bucket = Bucket([parameter, other], number=19)
+    assert torch.equal(bucket.buffer(), torch.tensor([*parameter.grad.t().flatten(), 0, 0, 1, 0, 1, 3]))
     bucket.buffer().mul_(2)
     held = parameter.grad
     bucket.write_back()
     assert parameter.grad is held and torch.equal(held, 2 * torch.arange(12.0).view(4, 3))
     assert other.grad is None
-    bucket.buffer()[-1] = 0.5  # another process had a gradient
+    bucket.buffer()[-3] = 0.5  # another process had a gradient
     bucket.write_back()
     assert torch.equal(other.grad, torch.zeros(2))

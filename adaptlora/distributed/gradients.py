@@ -1,6 +1,8 @@
 """Gradients averaged over processes in one buffer: one all-reduce, as long as the ranks say, launched when the last gradient is there."""
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,9 +11,12 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
+from .faults import ProcessError
 from .processes import ProcessGroup
 
 _DOING = "averaging gradients"  # as errors call it
+_NUMBERS = 16  # steps are counted up to here and from 0 again: half precision adds such numbers well enough
+_CHECKED = 64  # on a GPU, where reading waits for the device, every so many passes are compared
 
 
 def _rank_major(parameter: nn.Parameter) -> bool:
@@ -28,35 +33,41 @@ class Bucket:
     """
     All gradients of one dtype and device in one buffer, for a communication hook: what torch's hooks ask of DDP's GradBucket.
 
-    Behind the gradients there is one number for each parameter, 1 where this process has a gradient for it and else 0. The buffer and its
-    views are for parameters of these shapes and orders in memory, and are filled anew for every pass.
+    Behind the gradients there is one number for each parameter, 1 where this process has a gradient for it and else 0; then a 1 and the
+    number of the step, from which all see whether they are in the same one. The buffer and its views are for parameters of
+    these shapes and orders in memory, and are filled anew for every pass.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], index: int = 0, last: bool = True):
+    def __init__(self, parameters: list[nn.Parameter], index: int = 0, last: bool = True, number: int = 0):
         self._parameters, self._index, self._last = parameters, index, last
         self._sizes = [p.numel() for p in parameters]
         self._rank_major = [_rank_major(p) for p in parameters]
-        self._own = parameters[0].new_empty(sum(self._sizes) + len(parameters))
+        self._own = parameters[0].new_empty(sum(self._sizes) + len(parameters) + 2)
         self._look_at(self._own)
-        self.fill()
+        self.fill(number)
 
     def _look_at(self, buffer: torch.Tensor) -> None:
         self._buffer = buffer
-        *parts, self._marks = buffer.split([*self._sizes, len(self._sizes)])
+        *parts, self._marks, self._numbers = buffer.split([*self._sizes, len(self._sizes), 2])
         self._parts = [
             part.view(p.t().shape).t() if rank_major else part.view(p.shape)
             for part, p, rank_major in zip(parts, self._parameters, self._rank_major, strict=True)
         ]
 
     @torch.no_grad()
-    def fill(self) -> "Bucket":
-        """The gradients as they are now."""
-        self.set_buffer(self._own)
+    def fill(self, number: int) -> "Bucket":
+        """The gradients as they are now, in the step `number`.  Raises: ValueError (a sparse gradient)."""
         gradients = [p.grad for p in self._parameters]
+        for p, grad in zip(self._parameters, gradients, strict=True):
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(f"{_DOING}: gradients must be dense, got {grad.layout} of shape {tuple(p.shape)}")
+        self._number = number % _NUMBERS
+        self.set_buffer(self._own)
         self._held = [i for i, grad in enumerate(gradients) if grad is not None]
         if len(self._held) < len(gradients):
             self._buffer.zero_()
         self._marks[self._held] = 1
+        self._numbers[0], self._numbers[1] = 1, self._number
         _copy([self._parts[i] for i in self._held], [gradients[i] for i in self._held])
         return self
 
@@ -85,6 +96,12 @@ class Bucket:
         self._buffer.zero_()
         return self
 
+    def differs(self, processes: int) -> bool:
+        """Whether one of so many processes is in another step; waits for the device."""
+        count, numbers = self._numbers.tolist()
+        rounding = 4 * _NUMBERS * torch.finfo(self._numbers.dtype).eps
+        return abs(numbers - count * self._number) > count * max(0.5 / processes, rounding)
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Every parameter gets its average; one that had no gradient in any process has none still."""
@@ -96,28 +113,26 @@ class Bucket:
 
 
 class _Pass:
-    """One backward pass."""
+    """One backward pass.  sync: whether gradients are averaged in it.   launches: whether there is anything to average."""
 
-    def __init__(self, task: int, sync: bool, pending: set[int]):
-        self.task, self.sync, self.pending = task, sync, pending
-        self.launched: list[tuple[Bucket, Callable[[], object]]] | None = None
-        self.late = False  # whether a gradient changed after the launch
+    def __init__(self, task: int):
+        self.task, self.sync, self.launches = task, False, False
 
 
 class GradientSync:
     """
     Averages the gradients of `parameters` over processes in every backward pass in which `wanted()` said so when `root` was called.
 
-    Hooks on the parameters see when all gradients are there, and launch; the end of the backward pass waits and writes back. What takes no
-    part in a pass counts as zero. Shapes may change between passes. A second backward pass before the optimizer's step adds its average.
+    Passes begin at `root`'s outputs or at the first gradient, and at their end, when no more can come, all gradients are sent. What takes
+    no part in a pass counts as zero. Shapes may change between passes. A second pass before the optimizer's step adds its average.
+    Copies and pickles of it do nothing.
 
     Args:
         root: the module whose outputs backward passes begin at.   parameters: what trains, on all processes in the same order.
         group: the process group of the all-reduce, None for the default one.
         wanted: whether gradients are to be averaged now (not within no_sync).
+        step: how many optimizer steps were made, by which processes notice that one of them made a pass more.
         comm_hook: (state, hook), called as hook(state, bucket) -> Future of the averaged buffer, as DDP's hooks are; None for the average.
-        early: launch as soon as all gradients are there; False: at the end of the pass, so that the order among what FSDP sends
-            is the same on all processes whatever takes part on each.
     """
 
     def __init__(
@@ -128,19 +143,19 @@ class GradientSync:
         *,
         group=None,
         wanted: Callable[[], bool],
+        step: Callable[[], int] = int,
         comm_hook: tuple[object, Callable] | None = None,
-        early: bool = True,
     ):
         self._parameters, self._processes, self._group = list(parameters), processes, group
-        self._wanted, self._comm_hook, self._early = wanted, comm_hook, early
+        self._step, self._wanted, self._comm_hook = step, wanted, comm_hook
         self._paused = False
-        self._pass: _Pass | None = None
+        # Held by the engine alone, until the pass is over or has failed.
+        self._pass: Callable[[], _Pass | None] = _no_pass
         self._active: Callable[[], int] | None = None
         self._launches, self._lengths = 0, None
         self._layout, self._buckets = None, []
-        self._handles = [root.register_forward_hook(self._called)]
-        for index, parameter in enumerate(self._parameters):
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._ready(index)))
+        self._handles = [root.register_forward_hook(_Hook(self, "_called"))]
+        self._handles += [p.register_post_accumulate_grad_hook(_Hook(self, "_ready")) for p in self._parameters]
 
     def register_comm_hook(self, state: object, hook: Callable) -> None:
         """hook(state, bucket) from now on, in the place of the all-reduce and its division."""
@@ -177,33 +192,26 @@ class GradientSync:
         return not self._paused and self._wanted()
 
     def _begin(self, sync: bool) -> None:
-        task = torch._C._current_graph_task_id()
-        current = self._pass
-        if current is None or current.task != task:
-            if current is not None:  # it ended with an error, and its buffers may still be on their way
-                self._layout = None
-            pending = {i for i, p in enumerate(self._parameters) if p.requires_grad and p.numel()}
-            current = self._pass = _Pass(task, sync, pending)
-            Variable._execution_engine.queue_callback(lambda: self._end(current))
+        """At an output of the root: gradients are sent at the end, also where no parameter of this process takes part."""
+        current = self._pass()
+        if current is None or current.task != torch._C._current_graph_task_id():
+            current = self._new_pass()
         current.sync |= sync
+        current.launches = True
 
-    def _ready(self, index: int):
-        def ready(_):
-            if self._pass is None:
-                # No output of the root was differentiated: a part of it was called, or it is compiled.
-                if not self._syncs():
-                    return
-                self._begin(True)
-            current = self._pass
-            if not current.sync:
-                return
-            if current.launched is not None:
-                current.late = True
-            current.pending.discard(index)
-            if self._early and not current.pending and current.launched is None:
-                current.launched = self._launch()
+    def _new_pass(self) -> _Pass:
+        current = _Pass(torch._C._current_graph_task_id())
+        self._pass = weakref.ref(current)
+        Variable._execution_engine.queue_callback(functools.partial(self._end, current))
+        return current
 
-        return ready
+    def _ready(self, parameter) -> None:
+        current = self._pass()
+        if current is None:
+            # No output of the root was differentiated: a part of it was called, or it is compiled.
+            current = self._new_pass()
+            current.sync = self._syncs()
+        current.launches = True
 
     def facts(self) -> dict:
         """What all processes must have alike where they average: how often they began to, and the length of each buffer."""
@@ -212,10 +220,11 @@ class GradientSync:
     def buckets(self) -> list[Bucket]:
         """The gradients as they are now, to be averaged.  Raises: ProcessError, naming processes with gradients of other lengths."""
         layout = [(p.requires_grad, p.shape, p.is_contiguous(), p.dtype, p.device) for p in self._parameters]
+        number = self._step()
         if layout == self._layout:
-            found = [bucket.fill() for bucket in self._buckets]
+            found = [bucket.fill(number) for bucket in self._buckets]
         else:
-            found = self._buckets = self._new_buckets()
+            found = self._buckets = self._new_buckets(number)
             self._layout = layout
         lengths = [bucket.buffer().numel() for bucket in found]
         changed = lengths != self._lengths
@@ -223,17 +232,13 @@ class GradientSync:
         self._processes.expect(_DOING, changed)
         return found
 
-    def _new_buckets(self) -> list[Bucket]:
+    def _new_buckets(self, number: int) -> list[Bucket]:
         by_kind: dict[tuple, list[nn.Parameter]] = {}
         for p in self._parameters:
             if p.requires_grad and p.numel():
                 by_kind.setdefault((p.dtype, p.device), []).append(p)
         numbered = enumerate(by_kind.values(), start=1)
-        return [Bucket(parameters, number - 1, number == len(by_kind)) for number, parameters in numbered]
-
-    @torch.no_grad()
-    def _launch(self) -> list[tuple[Bucket, Callable[[], object]]]:
-        return [(bucket, self.start(bucket)) for bucket in self.buckets()]
+        return [Bucket(parameters, i - 1, i == len(by_kind), number) for i, parameters in numbered]
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
         """Begin to average a bucket; what is returned waits for it."""
@@ -252,24 +257,55 @@ class GradientSync:
 
     @torch.no_grad()
     def _end(self, current: _Pass) -> None:
-        if current is not self._pass:
+        if current is not self._pass():
+            return
+        self._pass = _no_pass
+        if not (current.sync and current.launches):
             return
         try:
-            if not current.sync:
-                return
-            if current.launched is None:
-                current.launched = self._launch()
-            self.finish(current.launched)
-            if current.late:
-                # A parameter was used again after the others were done, by a checkpointed part: its gradient was not whole.
-                current.launched = self._launch()
-                self.finish(current.launched)
-            for bucket, _ in current.launched:
-                bucket.write_back()
-        finally:
-            self._pass = None
+            launched = [(bucket, self.start(bucket)) for bucket in self.buckets()]
+            self.finish(launched)
+        except BaseException:
+            self._layout = None  # the buffers may still be on their way
+            raise
+        for bucket, _ in launched:
+            bucket.write_back()
 
     def finish(self, launched: list[tuple[Bucket, Callable[[], object]]]) -> None:
-        """Wait for what `start` began.  Raises: ProcessError."""
+        """Wait for what `start` began.  Raises: ProcessError, also where processes are in different steps."""
         for _, wait in launched:
             self._processes.run(_DOING, wait)
+        for bucket, _ in launched:
+            looks = bucket.buffer().device.type == "cpu" or self._launches % _CHECKED == 0
+            if looks and bucket.differs(self._processes.size):
+                raise ProcessError(
+                    f"{_DOING}: all processes must make the same backward passes in each step, and one of step {self._step()} met one of "
+                    "another step of another process (a loss of one process alone belongs within no_sync)"
+                )
+
+    def __reduce__(self):
+        return _Inert, ()
+
+
+def _no_pass() -> None:
+    """Of a GradientSync between two passes."""
+
+
+class _Inert:
+    """What copies and pickles have in the place of a GradientSync: their model belongs to one process."""
+
+    def _called(self, module, arguments, output) -> None:
+        """Nothing."""
+
+    def _ready(self, parameter) -> None:
+        """Nothing."""
+
+
+class _Hook:
+    """A method of a GradientSync as a hook that can be copied with the module it is on."""
+
+    def __init__(self, sync, method: str):
+        self._sync, self._method = sync, method
+
+    def __call__(self, *arguments):
+        return getattr(self._sync, self._method)(*arguments)

@@ -53,19 +53,18 @@ def distribute(
         def wanted() -> bool:
             return True
 
-    inner = root if ddp is None else ddp.module
     if timeout is not None and all(_over_gloo(p, group) for p in trained.values()):
         group = processes.control  # the same backend with that timeout
         if ddp is not None:
             ddp.process_group = group
     distribution.gradients = sync = GradientSync(
-        inner,
+        root,
         list(trained.values()),
         processes,
         group=group,
         wanted=wanted,
+        step=lambda: adapter.method.t,
         comm_hook=_hook(ddp, comm_hook),
-        early=not sharded,
     )
     processes.show(lambda: {"step": adapter.method.t, "ranks": adapter.ranks(), **sync.facts()})
     if ddp is not None:
