@@ -22,6 +22,15 @@ from .ranks import commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
 
 
+def _number(loss) -> float:
+    if loss is None:
+        raise ValueError("step: loss must be given to an adaptive schedule, got None")
+    try:
+        return float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"step: loss must be a number or a one-element tensor, got {loss!r}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class RankChange:
     """What `Adapter.step` returns when ranks changed: the number of optimizer steps made, and {module: rank} around the change."""
@@ -303,14 +312,15 @@ class Adapter(AdapterContents):
                 ranks = self.method.step(value, optimizers)
                 if ranks is not None:
                     self._commit(ranks, compact=not self.method.parks)
-            if ranks is None:
-                return None
         except BaseException:
             self.method.load_state_dict(state)
             with torch.no_grad():
                 for factor, values in zip(self.factors(), kept, strict=bool(kept)):
                     factor.copy_(values)
             raise
+        if ranks is None:
+            self.method.unchanged()
+            return None
         for name, layer in self.layers.items():
             layer.scaling = self.method.scaling(name, layer, ranks[name])
         self.method.changed(ranks)
@@ -318,9 +328,16 @@ class Adapter(AdapterContents):
 
     def _step_together(self, value, optimizers, before: dict[str, int]) -> dict[str, int] | None:
         """The method's step in which one process decides for all, and in which all change ranks or none."""
+
+        def own() -> dict[str, int] | None:
+            # Without data there may be nothing to decide by, nor need there be: it is what others decide that counts.
+            return None if self._distribution.joined else self.method.step(value, optimizers)
+
         with self._distribution.agreement() as agreement:
-            ranks = self._distribution.decide(self.method, lambda: self.method.step(value, optimizers))
-            if ranks is not None:
+            ranks = self._distribution.decide(self.method, own)
+            if ranks is None:
+                agreement.reached({}, self.method.masked())
+            else:
                 change = {name: [before[name], rank] for name, rank in ranks.items()}
                 self._commit(ranks, compact=not self.method.parks, prepared=lambda: agreement.reached(change))
         return ranks
@@ -344,20 +361,15 @@ class Adapter(AdapterContents):
             self.method.compacted()
 
     def _loss_value(self, loss) -> float | None:
-        needed = self.method.needs_loss()
-        if loss is None:
-            if needed:
-                raise ValueError("step: loss must be given to an adaptive schedule, got None")
-            return None
         elsewhere = isinstance(loss, torch.Tensor) and loss.device.type != "cpu"
-        if not needed and (elsewhere or self.processes.size > 1):
+        if not self.method.needs_loss() and (loss is None or elsewhere or self.processes.size > 1):
             return None
         try:
-            value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"step: loss must be a number or a one-element tensor, got {loss!r}") from error
-        if self.processes.size > 1:
-            value = self._distribution.mean(value)
+            value, error = _number(loss), None
+        except (TypeError, ValueError) as found:
+            # The others wait for this process, and raise with it.
+            value, error = math.nan, found
+        value = self._distribution.mean(value, error)
         if not math.isfinite(value):
             raise NonFiniteError(f"step: loss must be finite, got {value}")
         return value
@@ -426,8 +438,7 @@ class Adapter(AdapterContents):
 
     def no_sync(self):
         """A context whose backward passes leave this process its own gradients: of all but the last micro-batch, and of a penalty alone."""
-        gradients = self._distribution.gradients
-        return contextlib.nullcontext() if gradients is None else gradients.paused()
+        return self._distribution.no_sync()
 
     def follow_step(self) -> None:
         """A step that others make while this process has no more data: ranks and method follow, weights when all are through."""

@@ -8,6 +8,9 @@ from . import io, nora_files
 from .distributed.sharding import is_sharded
 from .nn import Outer
 
+# Of `Adapter.state_dict`.
+_FIELDS = {"factors", "statistics", "parked", "outer", "scalings", "modules_to_save", "method"}
+
 
 def _like(weighting: torch.Tensor | None, layer) -> torch.Tensor | None:
     return None if weighting is None else weighting.to(layer.outer_S)
@@ -151,8 +154,15 @@ class AdapterContents:
         Inverse of `state_dict`; ranks follow the state. The state of parked vectors goes to the tracked optimizers, or to the next one that
         is tracked.
 
-        Raises: ValueError (other modules or shapes); nothing has changed then.
+        Raises: ValueError (other modules or shapes, a field that is missing or unknown); nothing has changed then. Where there are no
+            statistics, as in states from before there were such, every element has none.
         """
+        state = state | {"statistics": state.get("statistics", {name: {} for name in self.layers})}
+        if state.keys() != _FIELDS:
+            different = sorted(state.keys() ^ _FIELDS)
+            raise ValueError(
+                f"load_state_dict: state must hold {', '.join(sorted(_FIELDS))}, got a difference in {different}"
+            )
         factors = state["factors"]
         if factors.keys() != self.layers.keys():
             different = sorted(factors.keys() ^ self.layers.keys())

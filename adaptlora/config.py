@@ -275,6 +275,8 @@ class AdaLoRAConfig(LoraConfig):
         _require(_is_int(self.deltaT) and self.deltaT > 0, self, "deltaT", "must be an integer > 0")
         rule = f"must be an integer > tinit + tfinal = {self.tinit + self.tfinal}, so that there are steps to prune in"
         _require(_is_int(self.total_step) and self.total_step > self.tinit + self.tfinal, self, "total_step", rule)
+        rule = f"must be an integer ≥ tfinal + 2 = {self.tfinal + 2}, so that gradients are read before the last choice"
+        _require(self.total_step >= self.tfinal + 2, self, "total_step", rule)
         for field in ("beta1", "beta2"):
             value = getattr(self, field)
             _require(_is_number(value) and 0 < value < 1, self, field, "must be in (0, 1)")

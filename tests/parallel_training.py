@@ -21,10 +21,15 @@ CONFIGS = {
     "lalora": lambda: adaptlora.LaLoRAConfig(r=6, gamma=20.0, target_modules="all-linear"),
     "fisher": lambda: adaptlora.LaLoRAConfig(r=6, gamma=20.0, contribution="fisher", target_modules="all-linear"),
     "nora": lambda: adaptlora.NoRAConfig(r=3, r_out=8, target_modules="all-linear"),
-    "adalora": lambda: adaptlora.AdaLoRAConfig(
-        init_r=6, target_r=3, tinit=2, tfinal=2, deltaT=1, total_step=8, target_modules="all-linear"
-    ),
+    "adalora": lambda: _adalora("final"),
+    "adalora update": lambda: _adalora("update"),
 }
+
+
+def _adalora(removal: str) -> adaptlora.AdaLoRAConfig:
+    return adaptlora.AdaLoRAConfig(
+        init_r=6, target_r=3, tinit=2, tfinal=2, deltaT=1, total_step=8, removal=removal, target_modules="all-linear"
+    )
 
 
 def network(seed: int = 0) -> nn.Module:

@@ -9,7 +9,7 @@ from models import Net, batch
 from torch import nn
 
 import adaptlora
-from adaptlora.methods.adalora import budget_at, threshold, triplet_scores
+from adaptlora.methods.adalora import budget_at, lowest, triplet_scores
 
 INIT_R, TOTAL = 6, 22
 FIELDS = {"init_r": INIT_R, "target_r": 2, "lora_alpha": 9, "total_step": TOTAL, "target_modules": ["first", "second"]}
@@ -113,7 +113,7 @@ def test_scores_masks_and_final_ranks_are_peft_s(tinit, tfinal, deltaT, optimize
     last, came_back = TOTAL - tfinal, 0
     masked = {name: torch.zeros(INIT_R, dtype=torch.bool) for name in adapter.layers}
     for t in range(1, last):
-        assert adapter.method.may_change() is False
+        assert adapter.method.may_change() is (t > tinit and t % deltaT == 0)  # chooses
         assert train_step(adapter, mine, seed=t) is None
         theirs.train_step(other, t, t)
         for name, layer in adapter.layers.items():
@@ -207,11 +207,12 @@ def test_removal_at_every_update_is_a_mask_that_nothing_leaves():
     assert list(ranks.values()) == list(adapter.ranks().values())
 
 
-def test_budget_and_threshold_by_hand():
+def test_budget_and_choice_by_hand():
     expected = [12, 12, 12, int(8 * 0.75**3 + 4), int(8 * 0.5**3 + 4), int(8 * 0.25**3 + 4), 4, 4]
     assert [budget_at(t, 12, 4, 2, 6) for t in range(8)] == expected == [12, 12, 12, 7, 5, 4, 4, 4]
     scores = torch.tensor([3.0, 1.0, 2.0, 2.0])
-    assert [threshold(scores, budget) for budget in (4, 3, 2, 1, 0)] == [-torch.inf, 1.0, 2.0, 2.0, 3.0]
+    goes = [lowest(scores, budget) for budget in (5, 4, 3, 2, 1, 0)]
+    assert goes == [[], [], [1], [1, 3], [1, 2, 3], [0, 1, 2, 3]]  # of equal ones the first stays
 
 
 # What removal leaves

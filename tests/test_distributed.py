@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adaptlora
 from adaptlora.distributed.ddp import StandIn
+from adaptlora.methods import NonFiniteError
 
 
 def _train_all(wrap, accumulation):
@@ -24,7 +25,7 @@ def test_several_processes_equal_one_with_the_same_global_batch(size, wrap, accu
         assert_same(first[kind], expected[kind])
         for other in others:
             assert_equal(other[kind], first[kind])
-    for kind in ("normal", "proximal", "adaptive", "lalora", "fisher", "adalora"):
+    for kind in ("normal", "proximal", "adaptive", "lalora", "fisher", "adalora", "adalora update"):
         assert expected[kind]["ranks"][0] != expected[kind]["ranks"][-1], f"{kind}: ranks must change"
 
 
@@ -40,11 +41,15 @@ def _join(kind, divide_by_all, counts):
     return loop.state()
 
 
-@pytest.mark.parametrize("divide_by_all", [False, True])
-@pytest.mark.parametrize("kind", ["normal", "adaptive", "lalora", "nora"])
-def test_processes_that_run_out_of_data_follow_the_others(kind, divide_by_all):
-    """The first process, which decides as a rule, ends before the ranks change."""
-    counts = (3, 7)
+@pytest.mark.parametrize(
+    ("kind", "divide_by_all", "counts"),
+    [
+        *((kind, by_all, (3, 7)) for kind in ("normal", "adaptive", "lalora", "nora") for by_all in (False, True)),
+        *((kind, False, (0, 7)) for kind in ("fisher", "adalora", "adalora update")),
+    ],
+)
+def test_processes_that_run_out_of_data_follow_the_others(kind, divide_by_all, counts):
+    """The first process, which decides as a rule, ends before the ranks change, or has no data at all."""
     expected = Loop(kind)
     of_process = [batches(max(counts), seed=10 + rank)[:count] for rank, count in enumerate(counts)]
     for step in range(max(counts)):
@@ -137,3 +142,36 @@ def test_one_process_decides(kind):
     (ranks, norms, method), (others, other_norms, other_method) = run(2, _drifted, kind, seconds=300)
     assert ranks == others and ranks[-1] != ranks[0] and norms != other_norms
     assert method == other_method
+
+
+def _masks_and_last_steps():
+    rank, _ = process()
+    loop = Loop("adalora", "bare")
+    pair = loop.adapter.layers["0"].pair
+    masks, refused = [], ""
+    for t, batch in enumerate(batches(6), start=1):
+        mean = pair.sensitivity.of(pair.lora_E)["mean"]
+        kept = mean.clone()
+        if rank and t == 4:
+            mean.copy_(mean.flip(0) * 100)  # what this process alone would mask is something else
+        if rank and t == 6:
+            mean.fill_(torch.nan)
+        try:
+            loop.step([batch])
+        except NonFiniteError as error:
+            refused = str(error)
+            read = [len(layer.pair.sensitivity.state) for layer in loop.adapter.layers.values()]
+            undone = loop.adapter.method.t, loop.adapter.method.final, read
+            mean.copy_(kept)
+        masks.append([(layer.lora_E == 0).flatten().tolist() for layer in loop.adapter.layers.values()])
+    loop.adapter.method.target = sum(loop.adapter.ranks().values())  # so that none goes at the last
+    return masks, refused, undone, loop.adapter.step(), loop.adapter.method.final, pair.statistics()
+
+
+def test_masks_are_one_process_s_and_a_last_step_that_fails_is_undone():
+    first, second = run(2, _masks_and_last_steps, seconds=300)
+    assert first[0] == second[0] and any(any(module) for module in first[0][3])
+    for _, refused, undone, change, final, statistics in (first, second):
+        assert "importance of the triplets must be finite" in refused
+        assert undone == (5, False, [3, 3, 3])
+        assert change is None and final and not statistics

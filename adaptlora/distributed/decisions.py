@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..methods import NonFiniteError
 from .processes import Processes
@@ -47,31 +47,34 @@ class Agreement:
 
     def __exit__(self, kind, error, traceback) -> None:
         if not self._told and (error is None or isinstance(error, Exception)):
-            self._compare(error, {})
+            self._compare(error, {}, {})
 
-    def reached(self, ranks: dict[str, list[int]]) -> None:
-        """Args: ranks: {module name: its rank before the change and after it}."""
-        self._compare(None, ranks)
+    def reached(self, ranks: dict[str, list[int]], masked: dict[str, list[int]] | None = None) -> None:
+        """Args: ranks: {module name: its rank before the change and after it}.   masked: {module name: its vectors that are masked}."""
+        self._compare(None, ranks, masked or {})
 
-    def _compare(self, error: Exception | None, ranks: dict[str, list[int]]) -> None:
+    def _compare(self, error: Exception | None, ranks: dict[str, list[int]], masked: dict[str, list[int]]) -> None:
         self._told = True
-        number = checksum(ranks)
+        number = checksum([ranks, masked])
         doing = f"{self._op}: agreeing on ranks"
         if self._processes.largest([error is not None, number, -number], doing=doing) == [0, number, -number]:
             if ranks:
                 self._processes.agreed = {name: after for name, (_, after) in ranks.items()}
             return
-        told = self._processes.gather((_described(error), ranks), doing=doing)
+        told = self._processes.gather((_described(error), ranks, masked), doing=doing)
         if error is not None:
             return  # it is on its way
-        for process, (described, _) in enumerate(told):
+        for process, (described, *_) in enumerate(told):
             if described is not None:
                 _raise(self._op, process, described)
-        raise ValueError(f"{self._op}: {_disagreement([ranks for _, ranks in told])}")
+        _, of_ranks, of_masked = zip(*told, strict=True)
+        if any(ranks != of_ranks[0] for ranks in of_ranks):
+            raise ValueError(f"{self._op}: {_disagreement('ranks before and after the change', of_ranks)}")
+        raise ValueError(f"{self._op}: {_disagreement('vectors that are masked', of_masked)}")
 
 
-def _disagreement(told: list[dict[str, list[int]]]) -> str:
-    """What differs between the processes' {module name: [rank before, rank after]}, against the first process."""
+def _disagreement(what: str, told: Sequence[dict[str, list[int]]]) -> str:
+    """What differs between the processes' {module name: numbers}, against the first process."""
     differences = []
     for process, ranks in enumerate(told[1:], start=1):
         names = [name for name in {**told[0], **ranks} if told[0].get(name) != ranks.get(name)]
@@ -79,7 +82,7 @@ def _disagreement(told: list[dict[str, list[int]]]) -> str:
             shown = [f"{name} {told[0].get(name)} and {ranks.get(name)}" for name in names[:_LISTED]]
             more = f" and {len(names) - _LISTED} more modules" if len(names) > _LISTED else ""
             differences.append(f"process 0 and process {process} have {', '.join(shown)}{more}")
-    return "ranks before and after the change must be the same on all processes, and " + "; ".join(differences)
+    return f"{what} must be the same on all processes, and " + "; ".join(differences)
 
 
 def decide(

@@ -17,6 +17,7 @@ from .sharding import is_sharded
 _STATE, _TENSORS = "state", "tensors"
 _FIELDS = {"config", "adapter", "others", "optimizer", "random", "extra", "versions"}
 _PARTS = {"scheduler", "scaler", "processes"}
+_NOT_WHAT_WAS_SAVED = (TypeError, LookupError, AttributeError)  # what reading damaged JSON further raises
 
 
 class AdapterState:
@@ -79,14 +80,27 @@ def load_distributed(folder, adapter, optimizer, *, scheduler=None, scaler=None,
     with processes.agreement(op):
         loop = _training_state(op, adapter, optimizer, scheduler, scaler)
         state, tensors = _read(op, folder, key, loop)
+        extra = _decoded(op, folder, key, state, tensors)["extra"]
     try:
         with processes.agreement(op):
             loop.check(state, tensors)
         loop.replace(state, tensors)
     except ValueError as error:
         raise ValueError(f"{op}: {folder}: {error}") from error
+    except _NOT_WHAT_WAS_SAVED as error:
+        raise ValueError(f"{op}: {folder}: {key}.{_STATE} must be what AdapterState gives: {error!r}") from error
     loop.drop_gradients()
-    return decode(state["extra"], tensors)
+    return extra
+
+
+def _decoded(op: str, folder: Path, key: str, state: dict, tensors: dict[str, torch.Tensor]) -> dict:
+    """All of `state`, without what is sharded: to see that nothing is missing.  Raises: ValueError."""
+    empty = torch.empty(0, device="cpu")
+    plain = {name: empty if is_sharded(tensor) else tensor for name, tensor in tensors.items()}
+    try:
+        return decode(state, plain)
+    except (ValueError, RuntimeError, *_NOT_WHAT_WAS_SAVED) as error:
+        raise ValueError(f"{op}: {folder}: {key}.{_STATE} must be what AdapterState gives: {error!r}") from error
 
 
 def _read(op: str, folder: Path, key: str, loop: TrainingState) -> tuple[dict, dict]:
@@ -110,6 +124,12 @@ def _read(op: str, folder: Path, key: str, loop: TrainingState) -> tuple[dict, d
         or not all(isinstance(v, TensorStorageMetadata) for v in own.values())
     ):
         raise ValueError(f"{op}: {folder} must hold an AdapterState as {key!r}, got {sorted(stored)[:3]}")
+    facts = own[f"{key}.{_STATE}"]
+    if facts.properties.dtype != torch.uint8 or len(facts.size) != 1:
+        raise ValueError(
+            f"{op}: {folder}: {key}.{_STATE} must be JSON's bytes, a vector of uint8, got {facts.properties.dtype} "
+            f"of shape {tuple(facts.size)}"
+        )
     text = _load(op, reader, {f"{key}.{_STATE}": _empty(own.pop(f"{key}.{_STATE}"))})[f"{key}.{_STATE}"]
     try:
         state = json.loads(bytes(text.tolist()))

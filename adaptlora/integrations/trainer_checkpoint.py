@@ -108,12 +108,16 @@ def _processes(state: dict) -> int:
 
 
 def _lost_random_state(names: set[str], processes: int) -> str | None:
-    """The first file of random states that must be beside `names`: one, or one of each process."""
+    """
+    The first file of random states that must be beside `names`: one, or one of each process. Where that of process 0 is not, it is what
+    another node has on a disk of its own (save_on_each_node), of successive processes, as many as there are.
+    """
     numbers = [int(number) for name in names if (number := _RANDOM.fullmatch(name)[1]) is not None]
     if not numbers and processes <= 1:
         return None if names else "rng_state.pth"
-    every = (f"rng_state_{i}.pth" for i in range(max([processes, *(number + 1 for number in numbers)])))
-    return next((name for name in every if name not in names), None)
+    first, last = min(numbers, default=0), max(numbers, default=0)
+    every = range(first, last + 1 if first else max(last + 1, processes))
+    return next((name for i in every if (name := f"rng_state_{i}.pth") not in names), None)
 
 
 def _check_state(folder: Path) -> dict:

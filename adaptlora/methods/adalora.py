@@ -19,10 +19,9 @@ def budget_at(t: int, start: int, target: int, tinit: int, last: int) -> int:
     return int((start - target) * left**3 + target)
 
 
-def threshold(scores: torch.Tensor, budget: int) -> float:
-    """The score (n − budget) from below: triplets above it stay, those that equal it go with it. −∞ where all may stay."""
-    excess = len(scores) - budget
-    return torch.kthvalue(scores, excess)[0].item() if excess > 0 else -torch.inf
+def lowest(scores: torch.Tensor, budget: int) -> list[int]:
+    """The numbers of all but the `budget` triplets of the highest scores, ascending; of equal ones the first stay."""
+    return scores.argsort(descending=True, stable=True)[budget:].sort().values.tolist()
 
 
 @torch.no_grad()
@@ -82,6 +81,7 @@ class AdaLoRA(Method):
         self.start: list[int] = []
         self.changes: list[list[int]] = []  # [step, module's number, rank]
         self._orders: dict[str, list[int]] = {}
+        self._masked: list[int] = []  # of all triplets, one module's after the other's
         ranks = {name: layer.rank for name, layer in layers.items()}
         self.check_ranks(ranks)
         self.start_from(ranks)
@@ -124,7 +124,7 @@ class AdaLoRA(Method):
         return not self.final
 
     def may_change(self) -> bool:
-        return self._removes(self.t + 1)
+        return self._chooses(self.t + 1)
 
     def awaits_clip(self) -> bool:
         return not self.final
@@ -170,32 +170,49 @@ class AdaLoRA(Method):
         if not self._chooses(self.t):
             return None
         removes, self.final = self._removes(self.t), self.t >= self.last
-        scores, on_host = self._scores()
-        least = threshold(on_host, self.budget)
+        goes = lowest(self._scores(), self.budget)
         if not removes:
-            with torch.no_grad():
-                for pair, of_pair in zip(self.pairs, scores, strict=True):
-                    pair.lora_E.masked_fill_(of_pair[:, None] <= least, 0.0)
+            self._masked = goes
             return None
-        goes = dict(zip(self.layers, (on_host <= least).split([len(of_pair) for of_pair in scores]), strict=True))
+        flags = self._flags(goes)
         # Those that stay first, in the order they had.
-        self._orders = {name: gone.int().argsort(stable=True).tolist() for name, gone in goes.items() if gone.any()}
-        if not self._orders:
-            self.changed({})
-            return None
-        return {name: int((~gone).sum()) for name, gone in goes.items()}
+        self._orders = {name: gone.int().argsort(stable=True).tolist() for name, gone in flags.items() if gone.any()}
+        return {name: int((~gone).sum()) for name, gone in flags.items()} if goes else None
+
+    def _flags(self, numbers: list[int], device="cpu") -> dict[str, torch.Tensor]:
+        """{module: (R,) bool}, true for these of all triplets."""
+        ranks = [pair.rank for pair in self.pairs]
+        flags = torch.zeros(sum(ranks), dtype=torch.bool, device=device)
+        flags[numbers] = True
+        return dict(zip(self.layers, flags.split(ranks), strict=True))
+
+    def masked(self) -> dict[str, list[int]]:
+        flags = self._flags(self._masked) if self._masked else {}
+        return {name: gone.nonzero()[:, 0].tolist() for name, gone in flags.items() if gone.any()}
+
+    @torch.no_grad()
+    def unchanged(self) -> None:
+        if self._masked:
+            flags = {device: self._flags(self._masked, device) for device in {p.lora_E.device for p in self.pairs}}
+            for name, pair in zip(self.layers, self.pairs, strict=True):
+                pair.lora_E.masked_fill_(flags[pair.lora_E.device][name][:, None], 0.0)
+            self._masked = []
+        self._forget_at_end()
 
     def changed(self, ranks: dict[str, int]) -> None:
         for number, name in enumerate(self.layers):
             if name in self._orders:
                 self.changes.append([self.t, number, ranks[name]])
         self._orders = {}
-        if self.final:
+        self._forget_at_end()
+
+    def _forget_at_end(self) -> None:
+        if self.final and any(pair.sensitivity.state for pair in self.pairs):
             self._forget()
 
     @torch.no_grad()
-    def _scores(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Of every module (R,) where its factors are; all of them on the host.  Raises: NonFiniteError, ValueError (nothing read)."""
+    def _scores(self) -> torch.Tensor:
+        """Of all triplets, one module's after the other's, on the host.  Raises: NonFiniteError, ValueError (nothing read)."""
         if not any(pair.sensitivity.state for pair in self.pairs):
             raise ValueError(
                 f"AdaLoRA: gradients must have been read before triplets are chosen at step {self.t}, and none were: the optimizer must be "
@@ -206,7 +223,7 @@ class AdaLoRA(Method):
         if not on_host.isfinite().all():
             bad = next(name for name, of_pair in zip(self.layers, scores, strict=True) if not of_pair.isfinite().all())
             raise NonFiniteError(f"AdaLoRA: {bad}: importance of the triplets must be finite, got NaN or infinity")
-        return scores, on_host
+        return on_host
 
     def summary(self) -> dict:
         return {"budget": self.budget}
@@ -229,7 +246,7 @@ class AdaLoRA(Method):
         }
 
     def step_state(self) -> dict:
-        return {"t": self.t, "final": self.final, "_orders": self._orders}
+        return {"t": self.t, "final": self.final, "_orders": self._orders, "_masked": self._masked}
 
     def state_dict(self) -> dict:
         return {

@@ -101,7 +101,10 @@ class Method:
         return False
 
     def may_change(self) -> bool:
-        """Whether the next `step` may change ranks. Several processes then decide together, so that all must say the same."""
+        """
+        Whether the next `step` decides on ranks, or on vectors that it masks. Several processes then decide together, so that all must
+        say the same.
+        """
         return False
 
     def awaits_clip(self) -> bool:
@@ -133,6 +136,13 @@ class Method:
 
     def changed(self, ranks: dict[str, int]) -> None:
         """The ranks that `step` returned are in force."""
+
+    def unchanged(self) -> None:
+        """`step` returned None, and all processes agree: what it decided and left undone until then."""
+
+    def masked(self) -> dict[str, list[int]]:
+        """Vectors that `unchanged` will mask, of modules that have such: what several processes must agree on."""
+        return {}
 
     @property
     def orders(self) -> dict[str, list[int]]:

@@ -293,13 +293,16 @@ class LaLoRA(Method):
         return {"groups": members, "start": self.start, "changes": self.changes, "steps": self.t}
 
     def step_state(self) -> dict:
+        return self._numbers() | {"_ranks_before": self._ranks_before}
+
+    def _numbers(self) -> dict:
         names = ("t", "budget", "group_ranks", "sizes", "truncated", "fisher", "final")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict:
         if self._fisher is not None:
             self.fisher = self._fisher.tolist()
-        return self.step_state() | {"start": self.start, "changes": self.changes}
+        return self._numbers() | {"start": self.start, "changes": self.changes}
 
     def check_state(self, state: dict) -> None:
         L, modules = len(self.groups), len(self.layers)
