@@ -2,10 +2,12 @@
 
 import contextlib
 import warnings
+import weakref
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.constants import default_pg_timeout
 
 from .faults import Line
@@ -59,6 +61,37 @@ def _timeout(group) -> timedelta:
     return getattr(options, "_timeout", default_pg_timeout)
 
 
+# {the default group: {(ranks, timeout): its group for control}}. They last as long as the default group: a group has threads and sockets,
+# and torch, which would give a later one the name of one that was destroyed, has the addresses of that still.
+_controls = weakref.WeakKeyDictionary()
+
+
+def _control(group, ranks: list[int], timeout: timedelta):
+    """
+    A group with the backend gloo of the processes `ranks` of `group`, which all call this together.
+
+    Raises: ValueError, in all of them, where torch would give it another name in each.
+    """
+    world = dist.group.WORLD
+    found = _controls.setdefault(world, {})
+    key = tuple(ranks), timeout
+    if key in found:
+        return found[key]
+    if len(ranks) == world.size():
+        found[key] = dist.new_group(backend="gloo", timeout=timeout)
+        return found[key]
+    # The others take no part, and so the name is made of the ranks and of how many groups there are.
+    counts: list = [None] * len(ranks)
+    dist.all_gather_object(counts, len(distributed_c10d._world.pg_names), group=group)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"distribute: the processes {ranks} must be in equally many process groups each, got {counts}: torch cannot make another group "
+            "of a part of all processes otherwise"
+        )
+    found[key] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True, timeout=timeout)
+    return found[key]
+
+
 class ProcessGroup(Processes):
     """
     The processes of a torch.distributed group. What they tell each other here is small and lies on the host: it goes over a group of
@@ -75,7 +108,7 @@ class ProcessGroup(Processes):
         self.ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.rank, self.size = dist.get_rank(group), len(self.ranks)
         self.timeout = _timeout(dist.group.WORLD if group is None else group) if timeout is None else timeout
-        self.control = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True, timeout=self.timeout)
+        self.control = _control(group, self.ranks, self.timeout)
         self.agreed: dict[str, int] | None = None
         self.line: Line | None = None
         line = Line(self.rank, self.gather, self.timeout.total_seconds())

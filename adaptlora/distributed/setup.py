@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .ddp import check_ddp, take_over
+from .ddp import check_ddp, first_group, take_over
 from .decisions import Agreement
 from .distribution import Distribution
 from .gradients import GradientSync
@@ -30,7 +30,7 @@ def distribute(
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("distribute: torch.distributed must be initialised (init_process_group), and it is not")
     ddp = root if isinstance(root, DistributedDataParallel) else None
-    group = ddp.process_group if process_group is None and ddp is not None else process_group
+    group = first_group(ddp) if process_group is None and ddp is not None else process_group
     if dist.get_world_size(group) == 1:
         return Distribution()
     trained = _trained(adapter, root)
@@ -53,10 +53,9 @@ def distribute(
         def wanted() -> bool:
             return True
 
-    if timeout is not None and all(_over_gloo(p, group) for p in trained.values()):
+    with_timeout = timeout is not None and all(_over_gloo(p, group) for p in trained.values())
+    if with_timeout:
         group = processes.control  # the same backend with that timeout
-        if ddp is not None:
-            ddp.process_group = group
     distribution.gradients = sync = GradientSync(
         root,
         list(trained.values()),
@@ -70,7 +69,8 @@ def distribute(
     if ddp is not None:
         own = {id(buffer) for layer in adapter.layers.values() for buffer in layer.buffers()}
         ignored = {name for name, buffer in ddp.module.named_buffers() if id(buffer) in own}
-        take_over(ddp, sync, processes, ignored, adapter.follow_step, adapter.take_state_of)
+        distribution.stand_in = take_over(ddp, sync, processes, ignored, adapter.follow_step, adapter.take_state_of)
+        ddp.process_group = group if with_timeout else distribution.stand_in.group
     processes.run(
         "distribute: sending the parameters of process 0", _broadcast, adapter, trained, group, processes.ranks[0]
     )
@@ -127,12 +127,8 @@ def _trained(adapter, root: nn.Module) -> dict[str, nn.Parameter]:
     ignored = getattr(root, "parameters_to_ignore", set())
     inner = root.module if isinstance(root, DistributedDataParallel) else root
     parameters = dict(inner.named_parameters())
-    trained = {
-        name: p
-        for name, p in parameters.items()
-        if p.requires_grad and not isinstance(p, DTensor) and name not in ignored
-    }
-    held = {id(p) for p in trained.values()}
+    plain = {name: p for name, p in parameters.items() if not isinstance(p, DTensor) and name not in ignored}
+    held = {id(p) for p in plain.values()}
     names = {id(p): name for name, p in adapter.model.named_parameters()}
     for factor in adapter.factors():
         if isinstance(factor.data, DTensor):
@@ -145,4 +141,4 @@ def _trained(adapter, root: nn.Module) -> dict[str, nn.Parameter]:
                 f"distribute: model must be the adapter's model, or a wrapper of it, got a {type(root).__name__} without "
                 f"{names.get(id(factor))}"
             )
-    return trained
+    return {name: p for name, p in plain.items() if p.requires_grad}
