@@ -109,7 +109,7 @@ class TrainingState:
         if state["config"] != config:
             raise ValueError(f"the adapter must be attached with a {state['config']}, got a {config}")
         stored = decode_parts("adapter", state["adapter"], tensors)
-        self._check_tensors("factors", self._factors(), stored["factors"], ranked=True)
+        self._check_tensors("factors", self._factors(), stored.get("factors", {}), ranked=True)
         keys = [optimizer.key for optimizer in self.optimizers]
         stored_keys = [key for key in state if key.startswith("optimizer")]
         if stored_keys != keys:

@@ -5,10 +5,13 @@ import os
 import shutil
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from test_checkpoint import Loop, assert_same
 
 import adaptlora
 from adaptlora.checkpoint_files import LOOP, MANIFEST, write_manifest
+from adaptlora.distributed.torch_checkpoint import AdapterState, load_distributed
 
 FILES = (MANIFEST, "state.json", "tensors.safetensors")
 
@@ -90,6 +93,8 @@ def rewrite(path, change):
         (lambda s: s.pop("random"), "must hold"),
         (lambda s: s["adapter"].update(scalings={"$tensor": "gone"}), "must hold 'gone'"),
         (lambda s: s["adapter"]["scalings"].update(first="big"), "scalings must give first a finite number"),
+        (lambda s: s["adapter"].pop("parked"), r"state must hold .*difference in \['parked'\]"),
+        (lambda s: s["adapter"].pop("factors"), "factors must have the names that were saved, .*'first'"),
         (lambda s: s["adapter"]["method"].pop("t"), "method must have the adapter's entries"),
         (lambda s: s["optimizer"]["groups"].pop(), "must have 2 parameter groups, got 3"),
         (lambda s: s["optimizer"]["groups"][0]["params"].pop(), "optimizer group 0 must hold the"),
@@ -114,6 +119,67 @@ def test_other_content_is_refused_and_nothing_changes(change, message, folder):
     with pytest.raises((ValueError, TypeError), match=message):
         loop.load(path)
     assert_same(loop.state(), before)
+
+
+def test_one_from_before_there_were_statistics_goes_on_bit_for_bit(folder):
+    path = folder / "checkpoint-2"
+    rewrite(path, lambda state: state["adapter"].pop("statistics"))
+    whole = Loop()
+    for _ in range(5):
+        whole.step()
+    expected = whole.state()
+    resumed = Loop(seed=3)
+    resumed.load(path)
+    for _ in range(3):
+        resumed.step()
+    assert_same(resumed.state(), expected)
+
+
+@pytest.fixture(scope="module")
+def dcp_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dcp") / "saved"
+    loop = Loop()
+    loop.step()
+    content = AdapterState(*loop.parts(), scheduler=loop.scheduler, scaler=loop.scaler, extra={"epoch": [1, 2]})
+    dcp.save({"adapter": content}, checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            b'"extra": {"epoch": [1',
+            b'"extra": {"$poch": [1',
+            r"adapter.state must be what AdapterState gives: .*\$poch",
+        ),
+        (b'"$tensor": "random.', b'"$tensor": "rundom.', "adapter.state must be what AdapterState gives: .*rundom"),
+        (b'"factors"', b'"factorz"', "factors must have the names that were saved"),
+        (b'"python"', b'"pythom"', "adapter.state must be what AdapterState gives: KeyError"),
+        (b'"groups"', b'"groupz"', "adapter.state must be what AdapterState gives: KeyError"),
+        (b'"statistics"', b'"statisticz"', r"difference in \['statisticz'\]"),
+    ],
+)
+def test_json_of_dcp_that_was_not_saved_so_is_named_and_nothing_changes(old, new, message, dcp_saved, tmp_path):
+    folder = shutil.copytree(dcp_saved, tmp_path / "out")
+    (file,) = folder.glob("*.distcp")
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+    loop = Loop(seed=3)
+    loop.step()
+    before = loop.state()
+    with pytest.raises(ValueError, match=f"load_distributed: .*out: .*{message}"):
+        load_distributed(folder, *loop.parts(), scheduler=loop.scheduler, scaler=loop.scaler)
+    assert_same(loop.state(), before)
+
+
+def test_json_of_dcp_is_bytes(tmp_path):
+    dcp.save({"adapter": {"state": torch.ones(3), "tensors": {}}}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(
+        ValueError, match=r"adapter.state must be .* a vector of uint8, got torch.float32 of shape \(3,\)"
+    ):
+        load_distributed(tmp_path, *Loop().parts())
 
 
 def test_another_model_optimizer_or_dtype_is_refused(folder):

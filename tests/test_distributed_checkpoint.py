@@ -384,7 +384,6 @@ def test_trainers_checkpoint_is_sealed_when_all_have_written_and_errors_reach_al
         ([0, 1], 2, None),
         ([0, 1], None, None),
         ([0, 2], None, 1),
-        ([1], None, None),
         ([1], 2, None),
         ([2, 4], 6, 3),
         ([0], 2, 1),
