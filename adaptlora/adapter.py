@@ -416,7 +416,8 @@ class Adapter(AdapterContents):
         process calls it once, after the model was wrapped and before the first backward pass.
 
         Gradients of all that trains travel in one buffer for each dtype, as long as the ranks of that moment say, in one all-reduce that
-        begins when the last of them is there. DistributedDataParallel keeps its `no_sync`, `join` and buffers; its reducer goes.
+        begins when the last of them is there. What is frozen now stays out. DistributedDataParallel keeps its `no_sync`, `join` and
+        buffers; its reducer goes, and it is of no use after `detach`. Copies and pickles of the model are plain.
 
         Args:
             model: DistributedDataParallel(model); the model itself after fully_shard(…, ignored_params=set(adapter.factors())), whose
