@@ -154,8 +154,10 @@ def _masks_and_last_steps():
         kept = mean.clone()
         if rank and t == 4:
             mean.copy_(mean.flip(0) * 100)  # what this process alone would mask is something else
-        if rank and t == 6:
-            mean.fill_(torch.nan)
+        if t == 6:
+            loop.adapter.method.target = sum(loop.adapter.ranks().values())  # so that none goes at the last
+            if rank:
+                mean.fill_(torch.nan)
         try:
             loop.step([batch])
         except NonFiniteError as error:
@@ -164,7 +166,6 @@ def _masks_and_last_steps():
             undone = loop.adapter.method.t, loop.adapter.method.final, read
             mean.copy_(kept)
         masks.append([(layer.lora_E == 0).flatten().tolist() for layer in loop.adapter.layers.values()])
-    loop.adapter.method.target = sum(loop.adapter.ranks().values())  # so that none goes at the last
     return masks, refused, undone, loop.adapter.step(), loop.adapter.method.final, pair.statistics()
 
 
