@@ -415,8 +415,8 @@ class Adapter(AdapterContents):
         Train with the other processes of torch.distributed: gradients are averaged, and ranks change on all processes or on none. Every
         process calls it once, after the model was wrapped and before the first backward pass.
 
-        Gradients of all that trains travel in one buffer for each dtype, as long as the ranks of that moment say, in one all-reduce that
-        begins when the last of them is there. What is frozen now stays out. DistributedDataParallel keeps its `no_sync`, `join` and
+        Gradients of all that trains travel in one buffer for each dtype, as long as the ranks of that moment say, in one all-reduce at the
+        end of the backward pass. What is frozen now stays out. DistributedDataParallel keeps its `no_sync`, `join` and
         buffers; its reducer goes, and it is of no use after `detach`. Copies and pickles of the model are plain.
 
         Args:
