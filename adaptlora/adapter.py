@@ -16,8 +16,7 @@ from .distributed.distribution import Distribution, must_distribute
 from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear
-from .optimizer_state import check_optimizer
-from .optimizer_wrappers import check_attributes, held_parameters, nested, unwrap
+from .optimizer_wrappers import check_wrappers, holding, unwrap
 from .ranks import commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
 
@@ -220,20 +219,11 @@ class Adapter(AdapterContents):
         Raises: TypeError (no optimizer, or one whose state cannot follow the method's rank changes), ValueError (it holds none of the
             adapter's factors; an adapted module's base is not frozen). Nothing is tracked then.
         """
-        around, stepping = unwrap(optimizer)
-        for inner in stepping:
-            if not isinstance(inner, torch.optim.Optimizer):
-                raise TypeError(f"track: optimizer must be a torch.optim.Optimizer, got {type(inner).__name__}")
-        factors = {id(p) for p in self.factors()}
-        stepping = [inner for inner in stepping if factors & held_parameters(inner)]
-        if not stepping:
-            raise ValueError(
-                "track: optimizer must hold the adapter's factors (build it over adapter.parameters()), got none of them"
-            )
+        around, stepping = holding("track", optimizer, self.factors(), "adapter.parameters()")
         self._check_frozen()
         if self.method.needs_optimizer():
             self._check_states([*around, *stepping])
-            self._check_wrappers(optimizer, around)
+            check_wrappers("track", optimizer, around, self.factors())
         for layer in self.layers.values():
             for inner in stepping:
                 layer.track(inner)
@@ -243,18 +233,6 @@ class Adapter(AdapterContents):
             if inner not in self._watched:
                 _watch(inner, self.method)
         self._watched.update([*around, *stepping])
-
-    def _check_wrappers(self, optimizer, around: list) -> None:
-        """Raises: TypeError if one around another keeps what a rank change could not reach."""
-        for outer in around:
-            if not hasattr(outer, "param_groups"):
-                raise TypeError(
-                    f"track: a wrapper with state of its own must have `param_groups`, and {type(outer).__name__} has none"
-                )
-        for holder in nested(optimizer):
-            if hasattr(holder, "state"):
-                check_optimizer(holder)
-            check_attributes(holder, self.factors())
 
     def _check_frozen(self) -> None:
         for name, layer in self.layers.items():

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from .optimizer_state import check_optimizer
+
 _FOLLOWED = ("state", "param_groups", "defaults")
 
 
@@ -65,6 +67,36 @@ def unwrap(optimizer) -> tuple[list, list]:
     return around, stepping
 
 
+def holding(op: str, optimizer, factors: Iterable[torch.nn.Parameter], where: str) -> tuple[list, list]:
+    """
+    `unwrap`, of those that make steps the ones that hold some of the `factors`.
+
+    Raises: TypeError (one that is no optimizer), ValueError (none holds any; `where` says what to build it over).
+    """
+    around, stepping = unwrap(optimizer)
+    for inner in stepping:
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(f"{op}: optimizer must be a torch.optim.Optimizer, got {type(inner).__name__}")
+    ids = {id(p) for p in factors}
+    stepping = [inner for inner in stepping if ids & held_parameters(inner)]
+    if not stepping:
+        raise ValueError(f"{op}: optimizer must hold the adapter's factors (build it over {where}), got none of them")
+    return around, stepping
+
+
+def check_wrappers(op: str, optimizer, around: list, factors: list[torch.nn.Parameter]) -> None:
+    """Raises: TypeError if one around another, of which `around` keep state of their own, keeps what a rank change could not reach."""
+    for outer in around:
+        if not hasattr(outer, "param_groups"):
+            raise TypeError(
+                f"{op}: a wrapper with state of its own must have `param_groups`, and {type(outer).__name__} has none"
+            )
+    for holder in nested(optimizer):
+        if hasattr(holder, "state"):
+            check_optimizer(holder)
+        check_attributes(op, holder, factors)
+
+
 def _tensors(value, seen: set[int]) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
@@ -74,7 +106,7 @@ def _tensors(value, seen: set[int]) -> Iterator[torch.Tensor]:
             yield from _tensors(part, seen)
 
 
-def check_attributes(optimizer, factors: list[torch.nn.Parameter]) -> None:
+def check_attributes(op: str, optimizer, factors: list[torch.nn.Parameter]) -> None:
     """Raises: TypeError if an attribute besides `state` holds tensors shaped like the factors, which no rank change would reach."""
     shapes, known = {p.shape for p in factors}, held_parameters(optimizer) | {id(p) for p in factors}
     for name, value in getattr(optimizer, "__dict__", {}).items():
@@ -83,7 +115,7 @@ def check_attributes(optimizer, factors: list[torch.nn.Parameter]) -> None:
         for tensor in _tensors(value, set()):
             if tensor.shape in shapes and id(tensor) not in known:
                 raise TypeError(
-                    f"track: the optimizer's tensors for each factor must be in its `state`, to follow the rank; "
+                    f"{op}: the optimizer's tensors for each factor must be in its `state`, to follow the rank; "
                     f"{type(optimizer).__name__} keeps one of shape {tuple(tensor.shape)} in {name!r}. Keep it in "
                     "state[parameter] (adaptlora.register_optimizer_state says what it is), or take a method that leaves ranks "
                     "as they are (LoraConfig)"
