@@ -144,7 +144,8 @@ def _saved_key(file: Path, name: str, modules_to_save) -> tuple[str, str]:
     raise ValueError(f"load: {file}: tensors must be lora_A, lora_B or belong to modules_to_save, got {name!r}")
 
 
-def _peft_config(adapter, ranks: dict[str, int]) -> dict:
+def peft_description(adapter, ranks: dict[str, int]) -> dict:
+    """adapter_config.json of the adapter with these ranks, all above 0.  Raises: ValueError (no module)."""
     config = adapter.config
     if not ranks:
         raise ValueError("save: at least one module must have a rank above 0, got 0 everywhere")
@@ -176,7 +177,12 @@ def _peft_config(adapter, ranks: dict[str, int]) -> dict:
 
 
 def _task_type(adapter) -> str | None:
-    """PEFT's task type where it is sure to load: for SEQ_CLS PEFT demands that the file holds the classification head."""
+    """
+    PEFT's task type where it is sure to load: for SEQ_CLS PEFT demands that the file holds the classification head, and what it makes of
+    language models hands them input_ids, which Whisper does not take.
+    """
+    if getattr(adapter.model, "main_input_name", "input_ids") != "input_ids":
+        return None
     kinds = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
     if {"classifier", "score"} & adapter.saved.keys():
         kinds["ForSequenceClassification"] = "SEQ_CLS"
@@ -189,19 +195,29 @@ HISTORY_FILE = "rank_history.json"
 def write(adapter, path, *, fold_residual: bool = True) -> None:
     """Write an Adapter as a PEFT adapter folder; see `Adapter.save`."""
     check_finite(adapter)
-    tensors, ranks = {}, {}
+    factors = plain_factors(adapter, fold_residual=fold_residual)
+    config = peft_description(adapter, {name: lora_A.shape[0] for name, (lora_A, _) in factors.items()})
+    tensors = peft.factor_tensors(factors)
+    for name, module in adapter.saved.items():
+        tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
+    tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+    history = adapter.method.history()
+    texts = {} if history is None else {HISTORY_FILE: json.dumps(history) + "\n"}
+    peft.write_folder(Path(path), config, tensors, {}, texts)
+
+
+def plain_factors(adapter, *, fold_residual: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    {module: (A (R, K), B (N, R))} of a plain LoRA that adds what the adapter adds, scaling · B A; modules of rank 0 are left out.
+
+    Args: fold_residual: what was taken out of the base, as r more rank vectors.
+    """
+    factors = {}
     for name, layer in adapter.layers.items():
         lora_A, lora_B = layer.effective_factors()
         residual = layer.residual_factors() if fold_residual else None
         if residual is not None:
             lora_A, lora_B = torch.cat([lora_A, residual[0]]), torch.cat([lora_B, -residual[1]], dim=1)
         if lora_A.shape[0]:
-            ranks[name] = lora_A.shape[0]
-            tensors[f"{peft.KEY_PREFIX}{name}.lora_A.weight"] = lora_A
-            tensors[f"{peft.KEY_PREFIX}{name}.lora_B.weight"] = lora_B
-    for name, module in adapter.saved.items():
-        tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
-    tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-    history = adapter.method.history()
-    texts = {} if history is None else {HISTORY_FILE: json.dumps(history) + "\n"}
-    peft.write_folder(Path(path), _peft_config(adapter, ranks), tensors, {}, texts)
+            factors[name] = lora_A, lora_B
+    return factors

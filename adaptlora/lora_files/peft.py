@@ -114,6 +114,15 @@ def read_files(files: adapter_folder.settled, op: str) -> tuple[dict, dict[str, 
     return config, *read_tensors(op, files.path(WEIGHTS_FILE))
 
 
+def factor_tensors(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """{key as PEFT writes it: tensor} of {module: (A, B)}."""
+    keyed = {}
+    for name, (lora_A, lora_B) in factors.items():
+        keyed[f"{KEY_PREFIX}{name}.lora_A.weight"] = lora_A
+        keyed[f"{KEY_PREFIX}{name}.lora_B.weight"] = lora_B
+    return keyed
+
+
 def write_folder(out: Path, config: dict, tensors: dict, metadata: dict[str, str], texts: dict[str, str] | None = None):
     """An adapter's folder, as one; `texts` are further files of it, {name: text}.  Raises: as `adapter_folder.write`."""
     texts = {CONFIG_FILE: json.dumps(config, indent=2, ensure_ascii=False) + "\n"} | (texts or {})
