@@ -85,6 +85,11 @@ class AdaptedLinear(nn.Module):
         """(A_0 (q, K), B_0 (N, q)) of what was taken out of the base's weight, scaling · B_0 A_0; None where nothing was."""
         return None
 
+    @property
+    def residual(self) -> tuple[int, float] | None:
+        """(rank, scaling) of what is taken out of the base's weight; None where nothing is."""
+        return None
+
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """

@@ -1,6 +1,5 @@
 """NoRALinear: an inner pair trained between frozen outer factors of the base's own weight, at the cost of its inner rank."""
 
-import math
 import weakref
 from typing import NamedTuple
 
@@ -10,9 +9,9 @@ from torch import nn
 
 from ..ops._checks import check_finite, check_tensor
 from ..ranks import RankedPair
-from .adapted_linear import AdaptedLinear
 from .composed import ComposedFactors, compose
-from .frozen import adapted, is_quantised, is_sharded
+from .frozen import adapted
+from .residual import ResidualLinear
 
 OP = "NoRALinear"
 INNER_INITS = ("sigma", "kaiming", "orthogonal")
@@ -55,7 +54,7 @@ def _check_outer(outer, K: int, N: int) -> None:
         raise ValueError(f"{OP}: outer.S must be ≥ 0, got {outer.S.min().item()}")
 
 
-class NoRALinear(AdaptedLinear):
+class NoRALinear(ResidualLinear):
     """
     y = base_layer(x) + scaling · drop(x) (A' Vh)ᵀ (U B')ᵀ          [NoRA: nested low-rank adaptation]
 
@@ -70,12 +69,10 @@ class NoRALinear(AdaptedLinear):
         inner_init: "sigma": A' = the first r rows of diag(√S), B' = the first r columns, so that ΔW_0 = scaling · Σ_{i≤r} S_i u_i v_iᵀ.
             "kaiming": A' ~ U(−1/√r_out, 1/√r_out), B' = 0.   "orthogonal": A' of random orthonormal rows, B' = 0.
         residual: with "sigma", `apply_residual()` makes the base W − ΔW_0; the constructor does not call it.
-        keep_original: `restore_base()` puts back the very parameter that was there; False frees it and adds ΔW_0 back instead, which
-            rounds once more.
+        keep_original: see `ResidualLinear`.
         generator: CPU generator of what is random in A'.
     lora_A is A' (r, r_out) and lora_B is B' (r_out, r).
     Attributes: weighting: (K,) what W's columns were weighted with for `outer`, or None.
-        rounding_error: ‖round(W − ΔW_0) − (W − ΔW_0)‖_F / ‖W‖_F of the base's dtype while the residual is applied, else 0.
     Raises: TypeError (base_layer, outer), ValueError (r, shapes or values of outer, inner_init, scaling, dropout_p).
     """
 
@@ -92,7 +89,7 @@ class NoRALinear(AdaptedLinear):
         keep_original=True,
         generator=None,
     ):
-        super().__init__(base_layer, scaling=scaling, dropout_p=dropout_p)
+        super().__init__(base_layer, scaling=scaling, dropout_p=dropout_p, keep_original=keep_original)
         _check_outer(outer, self.in_features, self.out_features)
         r_out = outer.S.shape[0]
         if inner_init not in INNER_INITS:
@@ -103,10 +100,6 @@ class NoRALinear(AdaptedLinear):
         for name, rows in (("outer_A", outer.Vh), ("outer_B", outer.U.t()), ("outer_S", outer.S)):
             self.register_buffer(name, rows.detach().to(**like, copy=True, memory_format=torch.contiguous_format))
         self.has_residual = residual and inner_init == "sigma"
-        self.keep_original = keep_original
-        self.rounding_error = 0.0
-        self._original: tuple[nn.Parameter, ...] = ()  # not registered: it belongs to the base, or to no one
-        self._in_weight = self._as_correction = False  # where an applied residual is
         self._composed = ComposedFactors()
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None  # inner factors as they were composed last
         self._followed = weakref.WeakSet()  # optimizers that tell when they step
@@ -189,76 +182,14 @@ class NoRALinear(AdaptedLinear):
         with torch.no_grad():
             return compose(*self._operands())
 
-    def residual_factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(A_0 (r, K), B_0 (N, r)), rank-major and detached, with ΔW_0 = scaling · B_0 A_0; None where no residual applies."""
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         if not self.has_residual:
             return None
         root = self.outer_S[: self._inner_r].sqrt()[:, None]
-        return root * self.outer_A[: self._inner_r], (root * self.outer_B[: self._inner_r]).t()
+        return root * self.outer_A[: self._inner_r], (root * self.outer_B[: self._inner_r]).t(), self.scaling
 
-    def _correction(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """−ΔW_0 as rank vectors to put behind the composed ones."""
-        if not self._as_correction:
-            return None
-        A_0, B_0 = self.residual_factors()
-        return A_0, -B_0.t()
-
-    @torch.no_grad()
-    def apply_residual(self) -> None:
-        """
-        Make the base W − ΔW_0, so that the layer computes what its base did. Nothing to do without a residual, or a second time.
-
-        A float base gets a new frozen parameter, computed in the outer factors' dtype and rounded once to its own; modules that share
-        the old one keep it. A quantised base is not written to: −ΔW_0 runs with the adapter, as r more rank vectors.
-        Raises: ValueError (W − ΔW_0 is not finite in the base's dtype); nothing has changed then.
-        """
-        if not self.has_residual or self._in_weight or self._as_correction:
-            return
-        if is_quantised(self.base_layer):
-            self._as_correction = True
-            self.forget_composed()
-            return
-        exact = self._shifted(*self.residual_factors(), -self.scaling)
-        rounded = exact.to(self.weight.dtype)
-        size = self.weight.to(exact.dtype).norm().item()
-        error = (rounded.to(exact.dtype) - exact).norm().item()
-        if not math.isfinite(error):
-            raise ValueError(f"{OP}: W − ΔW_0 must be finite in {rounded.dtype}, got an overflow or NaN")
-        self.rounding_error = error / size if size else 0.0
-        self._put_weight(nn.Parameter(rounded, requires_grad=False), keep=self.keep_original)
-        self._in_weight = True
-
-    @torch.no_grad()
-    def restore_base(self) -> None:
-        """
-        Undo `apply_residual`: the original parameter, tied to whatever it was tied to and moved to where the base is now; or with
-        keep_original=False a new one, (W − ΔW_0) + ΔW_0 rounded once more.
-
-        Raises: ValueError (W − ΔW_0 was sharded since); nothing has changed then.
-        """
-        self._check_whole()
-        if self._as_correction:
-            self._as_correction = False
-            self.forget_composed()
-        if not self._in_weight:
-            return
-        now = {"device": self.weight.device, "dtype": self.weight.dtype}
-        if self._original:
-            (original,) = self._original
-        else:
-            total = self._shifted(*self.residual_factors(), self.scaling)
-            original = nn.Parameter(total.to(self.weight.dtype), requires_grad=False)
-        self._put_weight(original, keep=False)
-        self.base_layer.to(**now)  # moves the parameter itself, as the model's own moves would have
-        self._in_weight, self.rounding_error = False, 0.0
-
-    def _check_whole(self) -> None:
-        """Raises: ValueError if the base's weight was rewritten, and sharded since: FSDP keeps what it was given."""
-        if self._in_weight and is_sharded(self.base_layer):
-            raise ValueError(
-                f"{OP}: base_layer must not be sharded while W − ΔW_0 is its weight, for W to come back, got one of FSDP's or of DTensors: "
-                "save the adapter and load it on a model that is whole"
-            )
+    def _operands_changed(self) -> None:
+        self.forget_composed()
 
     def _differs(self, outer: Outer) -> bool:
         return not all(torch.equal(own, other.to(own)) for own, other in zip(self.outer, outer, strict=True))
@@ -271,11 +202,6 @@ class NoRALinear(AdaptedLinear):
         if self._differs(outer):
             self._check_whole()
 
-    @property
-    def residual(self) -> tuple[int, float] | None:
-        """(rank, scaling) of ΔW_0 where it is taken out of the base; None where nothing is."""
-        return (self._inner_r, self.scaling) if self.has_residual else None
-
     def take_outer(self, outer: Outer) -> None:
         """
         Other outer factors of the same base weight in the place of these, of the same shapes; an applied residual follows them.
@@ -283,18 +209,8 @@ class NoRALinear(AdaptedLinear):
         Raises: TypeError, ValueError (another shape, values that are not finite); nothing has changed then.
         """
         self.check_outer(outer)
-        if not self._differs(outer):
-            return
-        applied = self._in_weight or self._as_correction
-        self.restore_base()
-        for own, other in zip(self.outer, outer, strict=True):
-            own.copy_(other)
-        if applied:
-            self.apply_residual()
-
-    def _put_weight(self, parameter: nn.Parameter, *, keep: bool) -> None:
-        self._original = (self.base_layer.weight,) if keep else ()
-        self.base_layer.weight = parameter
+        if self._differs(outer):
+            self._replace_taken(list(self.outer), list(outer))
 
     def _apply(self, fn, recurse=True):
         self.forget_composed()
