@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import io, nora_files
+from . import io, merged_model, nora_files, serving_files
 from .distributed.sharding import is_sharded
 from .nn import Outer
 
@@ -32,7 +32,16 @@ def _check_outer_state(layer, state: dict) -> None:
 class AdapterContents:
     """The part of `Adapter` that reads and replaces what it holds."""
 
-    def save(self, path, *, format: str = "peft", fold_residual: bool = True, save_outer: bool = False) -> None:
+    def save(
+        self,
+        path,
+        *,
+        format: str = "peft",
+        fold_residual: bool = True,
+        save_outer: bool = False,
+        pad: bool | int = False,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
         """
         Write the adapter to the folder `path`, its files as one: whatever happens, adaptlora finds the old adapter or this one there. Stock
         PEFT can meet the new weights with the old configuration after a kill between the two renames, until adaptlora next looks or
@@ -41,12 +50,20 @@ class AdapterContents:
         Args:
             format: "peft": `PeftModel.from_pretrained(base, path)` computes what this model computes; modules of rank 0 are left out,
                 and ranks that change in many steps lie beside it in rank_history.json. "nora": NoRA's inner factors, for `adaptlora.load`.
-            fold_residual: of "peft" and NoRA with a residual: True adds what was taken out of the base as r more rank vectors, for
-                the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
+                "vllm": computes the same as "peft", with the scaling in lora_B, so that a server which takes one r and one lora_alpha for
+                all modules computes it too (`serving_files`). "merged": the whole model with the updates in its weights, rounded once
+                as `merge` does, in safetensors that its library's from_pretrained loads without adaptlora; the model here stays as it is,
+                but the merged weights need memory for as long as it takes. `path` must not exist or be empty. Tokenizers are not written.
+            fold_residual: of "peft", "vllm" and a method with a residual: True adds what was taken out of the base as r more rank vectors,
+                for the base as it was; False leaves rank r, for the base that `base_state_dict` gives.
+            pad: of "vllm": True fills every module up to the largest rank with zeros, an integer up to that rank (servers are set up for
+                8, 16, 32, …); False leaves each its own rank.
+            max_shard_size: of "merged": bytes in a file at most, or text as "5GB".
             save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
         Raises: ValueError (every rank is 0, another format, NoRA's for another method, modules_to_save that FSDP shards; NonFiniteError:
-            NaN or infinite weights, which are not written over a good adapter), OSError (disk full, no such right, TimeoutError where
-            another process writes to the folder for long): the path is named.
+            NaN or infinite weights, which are not written over a good adapter; "vllm": modules_to_save, pad; "merged": a base that is
+            quantised or sharded, a weight tied to another, a folder that holds something), OSError (disk full, no such right,
+            TimeoutError where another process writes to the folder for long): the path is named.
         """
         for name, module in self.saved.items():
             if any(is_sharded(tensor) for tensor in module.state_dict().values()):
@@ -54,8 +71,14 @@ class AdapterContents:
                     f"save: modules_to_save must be whole in every process, and FSDP shards {name} (fully_shard with "
                     "ignored_params=set(adapter.parameters()) leaves them out)"
                 )
+        if pad is not False and format != "vllm":
+            raise ValueError(f'save: pad must be False unless format is "vllm", got {pad!r} for {format!r}')
         if format == "peft":
             io.write(self, path, fold_residual=fold_residual)
+        elif format == "vllm":
+            serving_files.write(self, path, pad=pad, fold_residual=fold_residual)
+        elif format == "merged":
+            merged_model.write(self, path, originals=self._originals, max_shard_size=max_shard_size)
         elif format == "nora" and self.method.nested:
             nora_files.write(self, path, save_outer=save_outer)
         else:

@@ -28,6 +28,12 @@ def make_folder(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, "must be a folder, got another kind of file", str(path)) from error
 
 
+def check_new_folder(op: str, path: Path) -> None:
+    """Raises: ValueError if `path` is there and no empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{op}: out must not exist or be an empty folder, got {str(path)!r}")
+
+
 class temporary_file:
     """
     with temporary_file(path) as temporary: a Path beside `path`, gone after the block unless it was renamed.

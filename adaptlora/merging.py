@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .base_weights import BaseWeights
-from .files import atomic_folder
-from .lora_files import LoraModule
+from .files import atomic_folder, check_new_folder
+from .lora_files import LoraModule, peft
 from .tensor_files import read_tensors, save_file
 
 # Weights in other formats are not those of the merged model, and an adapter's configuration would be loaded on top of it.
@@ -77,6 +77,25 @@ def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out, saved: d
             shutil.copyfile(base.index, temporary / base.index.name)
 
 
+def merge_files(path, base, out) -> None:
+    """
+    `write_merged` for the PEFT adapter folder `path` and the model folder `base`.
+
+    Raises: FileNotFoundError, ValueError (a damaged or unsupported adapter, one made for another head than the base's; as
+        `write_merged`), before anything is written.
+    """
+    file, weights = peft.read(path, "merge"), BaseWeights(base)
+    check_stored_bases("merge", file, weights)
+    write_merged(weights, file.modules.values(), out, file.saved())
+
+
+def check_stored_bases(op: str, file: peft.PeftFile, base: BaseWeights) -> None:
+    """Raises: ValueError if the base weight of an adapted head is another one than PEFT has stored with the adapter."""
+    for name, stored in file.stored_bases().items():
+        if not torch.equal(base.load(name).to(stored.dtype), stored):
+            raise ValueError(f"{op}: the base weight of {name} must be the one that the adapter stores, got another")
+
+
 def check_merge(
     base: BaseWeights, modules: Iterable[LoraModule], out: Path, saved: dict[str, Tensor] | None = None
 ) -> dict:
@@ -135,8 +154,7 @@ def _weight_update(module: LoraModule, transposed: bool):
 def _check_out(base: BaseWeights, out: Path) -> None:
     if not base.path.is_dir():
         raise ValueError(f"merge: base must be a model folder, got the file {str(base.path)!r}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"merge: out must not exist or be an empty folder, got {str(out)!r}")
+    check_new_folder("merge", out)
     if out.resolve().is_relative_to(base.path.resolve()):
         raise ValueError(f"merge: out must lie outside the base {str(base.path)!r}, got {str(out)!r}")
 

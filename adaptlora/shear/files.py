@@ -12,7 +12,7 @@ import torch
 
 from .. import lora_files
 from ..base_weights import BaseWeights
-from ..merging import check_merge, write_merged
+from ..merging import check_merge, check_stored_bases, write_merged
 from ..pool import check_workers, over
 from . import processes
 from .base import remaining
@@ -168,9 +168,7 @@ def _check_merge(file, weights: BaseWeights, out: Path) -> None:
         name, why = next(iter(file.skipped.items()))
         raise ValueError(f"shear: merge must find plain LoRA modules only, got {name} ({why})")
     check_merge(weights, file.modules.values(), out / MERGED_FOLDER, file.saved())
-    for name, stored in file.stored_bases().items():
-        if not torch.equal(weights.load(name).to(stored.dtype), stored):
-            raise ValueError(f"shear: the base weight of {name} must be the one that the adapter stores, got another")
+    check_stored_bases("shear", file, weights)
 
 
 def _device(device: str) -> torch.device:
