@@ -9,7 +9,7 @@ from .distributed.sharding import is_sharded
 from .nn import Outer
 
 # Of `Adapter.state_dict`.
-_FIELDS = {"factors", "statistics", "parked", "outer", "scalings", "modules_to_save", "method"}
+_FIELDS = {"factors", "statistics", "parked", "outer", "starts", "scalings", "modules_to_save", "method"}
 
 
 def _like(weighting: torch.Tensor | None, layer) -> torch.Tensor | None:
@@ -82,7 +82,7 @@ class AdapterContents:
         elif format == "nora" and self.method.nested:
             nora_files.write(self, path, save_outer=save_outer)
         else:
-            rule = '"peft" or "nora"' if self.method.nested else '"peft"'
+            rule = '"peft", "nora", "vllm" or "merged"' if self.method.nested else '"peft", "vllm" or "merged"'
             raise ValueError(f"save: format must be {rule} for {type(self.config).__name__}, got {format!r}")
 
     def load(self, path) -> None:
@@ -159,14 +159,15 @@ class AdapterContents:
 
     def state_dict(self) -> dict:
         """
-        Factors, parked vectors, what a method keeps of each element, scalings, modules_to_save and the method's own state; tensors are
-        the live ones but for the parked.
+        Factors, parked vectors, what a method keeps of each element, what was taken out of base weights, scalings, modules_to_save and
+        the method's own state; tensors are the live ones but for the parked.
         """
         return {
             "factors": {name: layer.pair.factors() for name, layer in self.layers.items()},
             "statistics": {name: layer.pair.statistics() for name, layer in self.layers.items()},
             "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
             "outer": {name: _outer_state(layer) for name, layer in self.layers.items()} if self.method.nested else {},
+            "starts": {name: layer.start_state() for name, layer in self.layers.items()},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
             "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
             "method": self.method.state_dict(),
@@ -177,10 +178,10 @@ class AdapterContents:
         Inverse of `state_dict`; ranks follow the state. The state of parked vectors goes to the tracked optimizers, or to the next one that
         is tracked.
 
-        Raises: ValueError (other modules or shapes, a field that is missing or unknown); nothing has changed then. Where there are no
-            statistics, as in states from before there were such, every element has none.
+        Raises: ValueError (other modules or shapes, another start, a field that is missing or unknown); nothing has changed then. Where
+            there are no statistics or starts, as in states from before there were such, every module has none.
         """
-        state = state | {"statistics": state.get("statistics", {name: {} for name in self.layers})}
+        state = dict.fromkeys(("statistics", "starts"), {name: {} for name in self.layers}) | state
         if state.keys() != _FIELDS:
             different = sorted(state.keys() ^ _FIELDS)
             raise ValueError(
@@ -199,6 +200,7 @@ class AdapterContents:
             "scalings": self.layers,
             "parked": self.layers,
             "statistics": self.layers,
+            "starts": self.layers,
             "outer": self.layers if self.method.nested else {},
             "method": self.method.state_dict(),
         }
@@ -215,6 +217,7 @@ class AdapterContents:
             try:
                 layer.pair.check_parked(state["parked"][name])
                 layer.pair.check_statistics(state["statistics"][name], factors[name]["lora_A"].shape[0])
+                layer.check_start(state["starts"][name])
                 if self.method.nested:
                     _check_outer_state(layer, state["outer"][name])
             except ValueError as error:
@@ -227,6 +230,8 @@ class AdapterContents:
         for name, outer in state["outer"].items():
             self.layers[name].take_outer(Outer(*(outer[field] for field in Outer._fields)))
             self.layers[name].weighting = _like(outer["weighting"], self.layers[name])
+        for name, start in state["starts"].items():
+            self.layers[name].take_start(start)
         with torch.no_grad():
             for name, pair in factors.items():
                 for factor, values in pair.items():

@@ -6,6 +6,8 @@ import re
 
 from .ops.rank_penalty import PENALTIES
 
+_INITS = ("kaiming", "pissa", "milora")
+
 
 def _require(condition: bool, config, field: str, rule: str) -> None:
     if not condition:
@@ -37,7 +39,11 @@ class LoraConfig:
         alpha_pattern: {name, suffix or regex: lora_alpha} likewise.
         use_rslora: scale by lora_alpha / √r.          [rsLoRA, arXiv:2312.03732]
         bias: "none"; biases stay frozen.
-        init_lora_weights: "kaiming": A ~ U(−1/√K, 1/√K), B = 0.
+        init_lora_weights: "kaiming": A ~ U(−1/√K, 1/√K), B = 0. "pissa", "milora": scaling · B A = the r leading, or trailing, singular
+            triplets of W, √σ in each factor, taken out of the base weight, so that the model's output is unchanged: W − scaling · B A is
+            frozen. r is the active rank at the start, 1 for La-LoRA.          [PiSSA, arXiv:2404.02948; MiLoRA, arXiv:2406.09044]
+        keep_original: keep base weights as they were beside those that were rewritten, so that `detach` is exact; False saves their
+            memory, and `detach` adds what was taken out back with a rounding error.
         seed: of the factors' initial values; torch's own generator is left alone.
     Raises: ValueError naming field, rule and value.
     """
@@ -53,6 +59,7 @@ class LoraConfig:
     use_rslora: bool = False
     bias: str = "none"
     init_lora_weights: str = "kaiming"
+    keep_original: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -79,7 +86,8 @@ class LoraConfig:
                         f"{type(self).__name__}: {field} must be a regular expression, got {expression!r}: {error}"
                     ) from error
         _require(self.bias == "none", self, "bias", 'must be "none"')
-        _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", 'must be "kaiming"')
+        _require(self.init_lora_weights in _INITS, self, "init_lora_weights", f"must be one of {', '.join(_INITS)}")
+        _require(isinstance(self.keep_original, bool), self, "keep_original", "must be True or False")
         _require(_is_int(self.seed), self, "seed", "must be an integer")
         _require(
             not isinstance(self.modules_to_save, str),
@@ -283,6 +291,8 @@ class AdaLoRAConfig(LoraConfig):
         weight = self.orth_reg_weight
         _require(_is_number(weight) and weight >= 0, self, "orth_reg_weight", "must be a number ≥ 0")
         _require(self.removal in ("final", "update"), self, "removal", 'must be "final" or "update"')
+        rule = 'must be "kaiming": AdaLoRA starts at E = 0'
+        _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", rule)
 
 
 @dataclasses.dataclass
@@ -300,8 +310,6 @@ class NoRAConfig(LoraConfig):
         outer: "weight": factors of W; "activation": of W diag(d), undone afterwards, d_k = mean over tokens of |x_k|^activation_power,
             from the batch given to `attach(..., calibration=batch)`.
         activation_power: > 0.
-        keep_original: keep the base weights as they were beside the ones without ΔW, so that `detach` is exact; False saves their memory,
-            and `detach` adds ΔW back with a rounding error.
     """
 
     r: int = 16
@@ -310,7 +318,6 @@ class NoRAConfig(LoraConfig):
     residual: bool = True
     outer: str = "weight"
     activation_power: float = 0.5
-    keep_original: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -320,5 +327,6 @@ class NoRAConfig(LoraConfig):
         _require(self.outer in ("weight", "activation"), self, "outer", 'must be "weight" or "activation"')
         positive = _is_number(self.activation_power) and self.activation_power > 0
         _require(positive, self, "activation_power", "must be a number > 0")
-        for field in ("residual", "keep_original"):
-            _require(isinstance(getattr(self, field), bool), self, field, "must be True or False")
+        _require(isinstance(self.residual, bool), self, "residual", "must be True or False")
+        rule = 'must be "kaiming": what NoRA starts with is inner_init'
+        _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", rule)

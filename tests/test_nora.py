@@ -58,7 +58,7 @@ def test_signs_do_not_depend_on_the_library(monkeypatch):
     expected = outer_factors(weight, 10, None, seed=0)
     real = torch.linalg.svd
     monkeypatch.setattr(
-        "adaptlora.methods.nora.randomized_svd",
+        "adaptlora.methods.spectral.randomized_svd",
         lambda weights, rank, seed: [(-(f := real(weights[0], full_matrices=False))[0], f[1], -f[2], 0.0)],
     )
     found = outer_factors(weight, 10, None, seed=0)

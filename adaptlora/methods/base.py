@@ -8,6 +8,7 @@ from torch import nn
 
 from ..nn import LoraLinear, linear_shape
 from ..targets import pattern_value
+from .spectral import spectral_starts
 
 
 class NonFiniteError(ValueError):
@@ -62,9 +63,14 @@ class Method:
         if attachment.calibration is not None:
             raise ValueError(f"attach: calibration must be None for {type(config).__name__}, got a batch")
         generator = torch.Generator().manual_seed(config.seed)
+        sizes = {name: cls.rank_and_scaling(config, name) for name in attachment.targets}
+        starts = {}
+        if config.init_lora_weights != "kaiming":
+            active = {name: (cls.first_rank(config, r), scaling) for name, (r, scaling) in sizes.items()}
+            starts = spectral_starts(config, attachment, active)
         layers = {}
         for name, module in attachment.targets.items():
-            r, scaling = cls.rank_and_scaling(config, name)
+            r, scaling = sizes[name]
             layers[name] = cls.layer_class(
                 module,
                 cls.first_rank(config, r),
@@ -73,6 +79,8 @@ class Method:
                 dropout_p=config.lora_dropout,
                 generator=generator,
             )
+            if starts:
+                layers[name].start_at(*starts.pop(name), keep_original=config.keep_original)
         return layers
 
     @staticmethod
@@ -91,10 +99,23 @@ class Method:
         return r
 
     def begin(self) -> None:
-        """The layers are on the model.  Raises: whatever fails, and then nothing has changed."""
+        """The layers are about to run: base weights become W − ΔW_0 where they have such.  Raises: what fails; nothing has changed then."""
+        layers = list(self._residual_layers())
+        try:
+            for layer in layers:
+                layer.apply_residual()
+        except BaseException:
+            for layer in layers:
+                layer.restore_base()
+            raise
 
     def end(self) -> None:
         """The layers are taken off the model: its linears must be what they were before `begin`."""
+        for layer in self._residual_layers():
+            layer.restore_base()
+
+    def _residual_layers(self):
+        return (layer for layer in self.layers.values() if layer.residual is not None)
 
     def needs_optimizer(self) -> bool:
         """Whether this or a later `step` shrinks vectors or changes ranks, and so needs a tracked optimizer."""
@@ -175,8 +196,12 @@ class Method:
         return layer.scaling
 
     def summary(self) -> dict:
-        """What `Adapter.summary` says beyond the sizes that all methods have."""
-        return {}
+        """
+        What `Adapter.summary` says beyond the sizes that all methods have. residual_error: where ΔW_0 is taken out of base weights,
+        of the modules' ‖round(W − ΔW_0) − (W − ΔW_0)‖ / ‖W‖ the largest, 0 where no weight was rewritten.
+        """
+        errors = [layer.rounding_error for layer in self._residual_layers()]
+        return {"residual_error": max(errors)} if errors else {}
 
     def log_values(self) -> dict[str, float]:
         """Numbers for a training log, beyond ranks, norms and sizes."""

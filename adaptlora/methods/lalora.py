@@ -146,6 +146,7 @@ class LaLoRA(Method):
 
     def begin(self) -> None:
         self._measure(self._norms())
+        super().begin()
 
     def before_optimizer_step(self, optimizer) -> None:
         """
@@ -280,7 +281,7 @@ class LaLoRA(Method):
         return self._by_group((fidelity * at.flip(0)).sum(0))
 
     def summary(self) -> dict:
-        return {"budget": self.budget}
+        return super().summary() | {"budget": self.budget}
 
     def log_values(self) -> dict[str, float]:
         return {"budget": self.budget}

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from ..checksums import checksum
 from ..config import NoRAConfig
 from ..nn import NoRALinear, Outer, dequantised_weight, linear_shape
-from ..ops import randomized_svd
-from ..pool import over
 from .base import Attachment, Method
+from .spectral import check_one_name, over_targets, triplets
 
 # An input feature that the calibration hardly used would be blown up without bound when its weighting is undone.
 _SMALLEST_WEIGHTING = 1e-3
@@ -73,17 +72,15 @@ def mean_activations(model: nn.Module, targets: dict[str, nn.Module], batch, pow
 
 def outer_factors(weight: Tensor, rank: int, weighting: Tensor | None, seed: int) -> Outer:
     """
-    W ≈ U diag(S) Vh, of W or of W diag(d) with the weighting undone in Vh: U (N, rank) orthonormal, S (rank,), Vh (rank, K). The sign
-    of each pair of vectors is that in which the largest element of u is positive, whichever library factorizes.
+    W ≈ U diag(S) Vh, of W or of W diag(d) with the weighting undone in Vh: U (N, rank) orthonormal, S (rank,), Vh (rank, K); signs as
+    `triplets` chooses them.
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if weighting is not None:
         weighting = weighting.to(weight)
         weight = weight * weighting
-    U, S, Vh, _ = randomized_svd([weight], rank, seed=seed)[0]
-    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    signs = torch.where(signs == 0, 1, signs)
-    return Outer(U * signs, S, Vh * signs.t() if weighting is None else Vh * signs.t() / weighting)
+    outer = triplets(weight, rank, seed)
+    return outer if weighting is None else outer._replace(Vh=outer.Vh / weighting)
 
 
 def probe(outer: Outer) -> Tensor:
@@ -144,13 +141,8 @@ class NoRA(Method):
     def build(cls, config: NoRAConfig, attachment: Attachment) -> dict[str, NoRALinear]:
         """Raises: ValueError (a module too small for its rank, calibration missing or superfluous, weights that are not finite)."""
         targets, stored = attachment.targets, attachment.stored
-        names = {name: module for name, module in attachment.model.named_modules(remove_duplicate=False)}
+        check_one_name("NoRA", attachment)
         for name, module in targets.items():
-            others = [other for other, found in names.items() if found is module and other != name]
-            if others:
-                raise ValueError(
-                    f"NoRA: a module whose weight is rewritten must have one name, got {name} and {others}"
-                )
             r, most = cls.rank_and_scaling(config, name)[0], outer_rank(config, module)
             if r > most:
                 raise ValueError(f"NoRA: r of {name} must be at most its outer rank {most}, got {r}")
@@ -173,12 +165,7 @@ class NoRA(Method):
                 stored.check_outer(name, outer)
             return outer, digest
 
-        prepared = {}
-        on_cpu = all(module.weight.device.type == "cpu" for module in targets.values())
-        for name, result in over(prepare, targets, None if on_cpu else 1):
-            prepared[name] = result
-            if attachment.progress is not None:
-                attachment.progress(len(prepared), len(targets))
+        prepared = over_targets(prepare, attachment)
         generator = torch.Generator().manual_seed(config.seed)
         layers = {}
         for name, module in targets.items():
@@ -200,29 +187,10 @@ class NoRA(Method):
                 layers[name].weighting = weightings[name].to(layers[name].outer_S)
         return layers
 
-    def begin(self) -> None:
-        """Every base weight becomes W − ΔW, all or none."""
-        done = []
-        try:
-            for layer in self.layers.values():
-                done.append(layer)
-                layer.apply_residual()
-        except BaseException:
-            for layer in done:
-                layer.restore_base()
-            raise
-
-    def end(self) -> None:
-        for layer in self.layers.values():
-            layer.restore_base()
-
     def summary(self) -> dict:
-        """residual_error: of the modules' ‖round(W − ΔW) − (W − ΔW)‖ / ‖W‖ the largest, 0 where no base weight was rewritten; bytes."""
+        """As `Method.summary`, and outer_bytes."""
         buffers = [buffer for layer in self.layers.values() for buffer in (layer.outer_A, layer.outer_B)]
-        return {
-            "residual_error": max(layer.rounding_error for layer in self.layers.values()),
-            "outer_bytes": sum(buffer.nbytes for buffer in buffers),
-        }
+        return super().summary() | {"outer_bytes": sum(buffer.nbytes for buffer in buffers)}
 
 
 def _weightings(config: NoRAConfig, attachment: Attachment) -> dict[str, Tensor]:

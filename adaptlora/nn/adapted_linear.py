@@ -90,6 +90,19 @@ class AdaptedLinear(nn.Module):
         """(rank, scaling) of what is taken out of the base's weight; None where nothing is."""
         return None
 
+    def start_state(self) -> dict:
+        """What a start with vectors of the base's own weight leaves, beside the factors; {} for none."""
+        return {}
+
+    def check_start(self, state: dict) -> None:
+        """Raises: ValueError if `state` cannot take the place of the layer's own `start_state()`."""
+        if state:
+            raise ValueError(f"what was taken out of the base must be nothing, got {sorted(state)}")
+
+    def take_start(self, state: dict) -> None:
+        """Inverse of `start_state`; an applied residual follows.  Raises: as `check_start`; nothing has changed then."""
+        self.check_start(state)
+
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from ..ranks import RankedPair
-from .adapted_linear import AdaptedLinear
 from .frozen import adapted
+from .residual import ResidualLinear
 
 
-class LoraLinear(AdaptedLinear):
+class LoraLinear(ResidualLinear):
     """
     y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with W and bias frozen          [LoRA, arXiv:2106.09685, eq. 3]
 
@@ -34,11 +34,67 @@ class LoraLinear(AdaptedLinear):
             dtype=self.factor_dtype,
             device=self.weight.device,
         )
+        self.start_scaling = 1.0
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self._train(pair)
 
+    @torch.no_grad()
+    def start_at(self, lora_A: torch.Tensor, lora_B: torch.Tensor, *, keep_original: bool = True) -> None:
+        """
+        Begin with other vectors in the place of the active ones; `apply_residual` makes the base W − ΔW_0, ΔW_0 = scaling · B A.
+
+        Args:
+            lora_A: (R, K).   lora_B: (N, R).   Copied, in the factors' dtype: rank-major buffers start_A (R, K) and start_B (R, N).
+            keep_original: see `ResidualLinear`.
+        """
+        self.keep_original = keep_original
+        self.set_factors(lora_A, lora_B)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().t().clone()
+        self.start_scaling = self.scaling
+
+    def start_state(self) -> dict:
+        """What `start_at` was given, the live tensors; {} if it was not called."""
+        if self.start_A is None:
+            return {}
+        return {"start_A": self.start_A, "start_B": self.start_B, "start_scaling": self.start_scaling}
+
+    def check_start(self, state: dict) -> None:
+        own = self.start_state()
+        sizes = [
+            {key: tuple(value.shape) if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+            for found in (own, state)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"what was taken out of the base must be {sizes[0] or 'nothing'}, got {sizes[1] or 'nothing'}"
+            )
+        if self._starts_elsewhere(state):
+            self._check_whole()
+
+    def take_start(self, state: dict) -> None:
+        self.check_start(state)
+        if self._starts_elsewhere(state):
+            self._replace_taken([self.start_A, self.start_B], [state["start_A"], state["start_B"]])
+
+    def _starts_elsewhere(self, state: dict) -> bool:
+        tensors = {key: value for key, value in self.start_state().items() if isinstance(value, torch.Tensor)}
+        return not all(torch.equal(own, state[key].to(own)) for key, own in tensors.items())
+
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        return None if self.start_A is None else (self.start_A, self.start_B.t(), self.start_scaling)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer runs with: (A, B), behind it a quantised base's correction."""
+        correction = self._correction()
+        if correction is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, correction[0]]), torch.cat([self.lora_B.t(), correction[1]]).t()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lora_A, lora_B = self._factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return adapted(self.base_layer, x, self.lora_A, self.lora_B, scaling=self.scaling, dropout_p=dropout_p)
+        return adapted(self.base_layer, x, lora_A, lora_B, scaling=self.scaling, dropout_p=dropout_p)
 
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_A.detach(), self.lora_B.detach()
