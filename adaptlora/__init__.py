@@ -6,11 +6,13 @@ from .checkpoint import check_checkpoint, last_checkpoint, load_checkpoint, save
 from .config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .distributed.faults import ProcessError
 from .integrations.compile import dynamic_ranks
+from .integrations.peft_prune import prune
 from .logs import log_values
 from .methods import NonFiniteError
 from .optimizer_state import register_optimizer_state
 from .ranks import RankedPair
 from .shear import (
+    ClipConfig,
     DropConfig,
     NoRMConfig,
     RandomConfig,
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaLoRAConfig",
     "Adapter",
+    "ClipConfig",
     "DropConfig",
     "LaLoRAConfig",
     "LoraConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "log_values",
     "nn",
     "ops",
+    "prune",
     "register_optimizer_state",
     "save_checkpoint",
     "shear",

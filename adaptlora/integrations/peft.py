@@ -3,17 +3,21 @@
 import torch
 from torch import nn
 
+from ..distributed.sharding import is_sharded
 from ..lora_files import LoraModule, peft_config
+from ..shear.base import Sheared
+from .peft_ranks import BorrowedPair, Followers, change_ranks
 
 
 class PeftHandle:
     """
-    The LoRA layers of one adapter of a PeftModel.
+    The LoRA layers of one adapter of a PeftModel, and the optimizer that trains it, if one does.
 
-    Raises: ValueError (no such adapter, merged, a layer that is no plain LoRA of a linear layer: the message names it).
+    Raises: ValueError (no such adapter, merged, a layer that is no plain LoRA of a linear layer or shares its factors: the message names
+        it; an optimizer without these factors), TypeError (an optimizer whose state cannot follow).
     """
 
-    def __init__(self, model, adapter_name: str | None):
+    def __init__(self, model, adapter_name: str | None, optimizer=None):
         from peft.tuners.lora import LoraLayer
 
         active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
@@ -30,8 +34,18 @@ class PeftHandle:
         }
         if not self.layers:
             raise ValueError(f"shear: adapter {self.adapter_name!r} must have layers in the model, got none")
+        reason = peft_config.changed_base(vars(self.config))
+        if reason is not None:
+            raise ValueError(f"shear: adapter {self.adapter_name!r}: {reason}")
+        owners: dict[int, str] = {}
         for name, layer in self.layers.items():
             self._check(name, layer)
+            for factor in self._factors(name):
+                other = owners.setdefault(factor.data_ptr(), name)
+                if other != name:
+                    raise ValueError(f"shear: {name} must have factors of its own, got those of {other}")
+        factors = [factor for name in self.layers for factor in self._factors(name)]
+        self._followers = Followers("shear", optimizer, factors)
 
     @staticmethod
     def _names(layer) -> set[str]:
@@ -40,11 +54,23 @@ class PeftHandle:
     def _check(self, name: str, layer) -> None:
         if layer.merged:
             raise ValueError(f"shear: {name} must not be merged (unmerge_adapter() first)")
+        from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+
         variant = getattr(layer, "lora_variant", {}).get(self.adapter_name)
         plain = self.adapter_name in layer.lora_A and type(layer.lora_A[self.adapter_name]) is nn.Linear
-        if variant is not None or not plain:
+        if variant is not None or not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)):
             found = type(variant).__name__ if variant is not None else type(layer.get_base_layer()).__name__
             raise ValueError(f"shear: {name} must be a plain LoRA of a linear layer, got {found}")
+        lora_A, lora_B = self._factors(name)
+        rank, expected = layer.r[self.adapter_name], [layer.in_features, layer.out_features]
+        if is_sharded(lora_A) or [*lora_A.shape, *lora_B.shape] != [rank, expected[0], expected[1], rank]:
+            shapes = f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+            rule = f"whole factors ({rank}, {expected[0]}) and ({expected[1]}, {rank})"
+            raise ValueError(f"shear: {name} must have {rule}, got {shapes}{' of DTensors' * is_sharded(lora_A)}")
+
+    def _factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        layer = self.layers[name]
+        return layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
 
     def modules(self) -> dict[str, LoraModule]:
         key = self.adapter_name
@@ -56,6 +82,7 @@ class PeftHandle:
                 scaling=layer.scaling[key],
                 bias=None if layer.lora_B[key].bias is None else layer.lora_B[key].bias.detach(),
                 fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
+                use_rslora=layer.use_rslora[key],
             )
             for name, layer in self.layers.items()
         }
@@ -67,38 +94,57 @@ class PeftHandle:
             raise ValueError(f"shear: the base weight of {name} must be floating-point, got {weight.dtype}")
         return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
 
-    def replace(self, modules: list[LoraModule]) -> None:
-        """Other factors and scalings, in the layers and in the configuration, so that save_pretrained saves what now computes."""
-        key, config = self.adapter_name, self.config
-        ranks = {m.name: m.lora_A.shape[0] for m in modules if m.lora_A.shape[0]}
-        alphas = {
-            m.name: peft_config.alpha_for(vars(config), m.scaling, ranks[m.name]) for m in modules if m.name in ranks
-        }
-        changed = peft_config.for_modules(vars(config), ranks, alphas, self._others(ranks))
-        for module in modules:
-            layer = self.layers[module.name]
-            if module.name not in ranks:
-                for of_adapters in (layer.lora_A, layer.lora_B, layer.lora_dropout):
-                    of_adapters.pop(key)
-                for of_adapters in (layer.r, layer.lora_alpha, layer.scaling):
-                    of_adapters.pop(key)
+    def replace(self, sheared: list[Sheared]) -> None:
+        """
+        Other ranks, factors and scalings, in the layers, in the optimizer and in the configuration, so that save_pretrained saves what now
+        computes. PEFT's parameters stay the same objects; those of modules of rank 0 leave the layers and the optimizer.
+
+        Raises: TypeError (an optimizer's state that cannot follow; the module is named); nothing has changed then.
+        """
+        left = {s.module.name: s for s in sheared if s.rank}
+        changed, alphas = self._configuration(left)
+        pairs, orders = {}, {}
+        for name, new in left.items():
+            order = None if new.kept is None else new.order()
+            if new.kept is not None and order is None and new.rank == new.rank_before:
                 continue
-            layer.lora_A[key] = _linear(layer.lora_A[key], module.lora_A, None)
-            layer.lora_B[key] = _linear(layer.lora_B[key], module.lora_B, module.bias)
-            layer.r[key], layer.scaling[key] = ranks[module.name], module.scaling
-            layer.lora_alpha[key] = alphas[module.name]
+            values = (new.module.lora_A, new.module.lora_B) if new.kept is None else None
+            pairs[name] = BorrowedPair(*self._factors(name), self._followers.optimizers, values)
+            if order is not None:
+                orders[name] = order
+        change_ranks(pairs, {name: left[name].rank for name in pairs}, orders)
+        for name in self.layers.keys() - left.keys():
+            self._remove(name)
+        for name, new in left.items():
+            self._renew(name, new, alphas[name])
         for field, value in changed.items():
-            if field != "init_lora_weights" and getattr(config, field) != value:
-                setattr(config, field, value)
+            if field != "init_lora_weights" and getattr(self.config, field) != value:
+                setattr(self.config, field, value)
 
-    def _others(self, left) -> list[str]:
-        """Names of the model's modules that are not adapted."""
-        return [name for name, _ in self.model.get_base_model().named_modules() if name not in left]
+    def _configuration(self, left: dict[str, Sheared]) -> tuple[dict, dict[str, float]]:
+        """(the configuration's fields, {module: lora_alpha})"""
+        config, ranks = vars(self.config), {name: new.rank for name, new in left.items()}
+        alphas = {name: peft_config.alpha_for(config, left[name].module.scaling, rank) for name, rank in ranks.items()}
+        names = [name for name, _ in self.model.get_base_model().named_modules()]
+        # While no module leaves, what they were chosen by still chooses them.
+        others = [] if left.keys() == self.layers.keys() else [name for name in names if name not in left]
+        return peft_config.for_modules(config, ranks, alphas, others), alphas
 
+    def _remove(self, name: str) -> None:
+        layer, key = self.layers[name], self.adapter_name
+        self._followers.release([*layer.lora_A[key].parameters(), *layer.lora_B[key].parameters()])
+        for field in (*layer.adapter_layer_names, *layer.other_param_names):
+            of_adapters = getattr(layer, field)
+            if key in of_adapters:
+                del of_adapters[key]
 
-def _linear(old: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    for name, values in (("weight", weight), ("bias", bias)):
-        if values is not None:
-            setattr(new, name, nn.Parameter(values.contiguous(), requires_grad=getattr(old, name).requires_grad))
-    return new.train(old.training)
+    @torch.no_grad()
+    def _renew(self, name: str, new: Sheared, lora_alpha: float) -> None:
+        layer, key = self.layers[name], self.adapter_name
+        lora_A, lora_B = layer.lora_A[key], layer.lora_B[key]
+        lora_A.out_features = lora_B.in_features = layer.r[key] = new.rank
+        layer.scaling[key], layer.lora_alpha[key] = new.module.scaling, lora_alpha
+        if new.module.bias is not None:
+            lora_B.bias.copy_(new.module.bias)
+        if new.kept is None:
+            self._followers.forget([*lora_A.parameters(), *lora_B.parameters()])

@@ -52,5 +52,8 @@ def _module(path: Path, name: str, found: dict, configs: dict[str, dict]) -> Lor
             rule = "one number > 0, and the only source of the scaling"
             raise ValueError(f"read: {path}: {name}: alpha must be {rule}, got {alpha.tolist()}")
         return LoraModule(name, lora_A, lora_B, alpha.item() / rank, bias)
-    scaling = peft_config.scaling_of(configs[place[0]], place[1], rank) if place else 1.0
-    return LoraModule(name, lora_A, lora_B, scaling, bias)
+    if place is None:
+        return LoraModule(name, lora_A, lora_B, 1.0, bias)
+    config = configs[place[0]]
+    scaling = peft_config.scaling_of(config, place[1], rank)
+    return LoraModule(name, lora_A, lora_B, scaling, bias, use_rslora=bool(config.get("use_rslora")))

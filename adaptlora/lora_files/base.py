@@ -35,6 +35,7 @@ class LoraModule:
 
     lora_A: (R, K) and lora_B: (N, R) in the file's dtype, convolutions as K = C_in · kh · kw.   scaling: alpha / r, or alpha / √r.
     name: PEFT's module path, elsewhere the stem of the keys.   fan_in_fan_out: the base weight is stored as (K, N).
+    use_rslora: it is alpha / √r.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LoraModule:
     scaling: float
     bias: Tensor | None = None
     fan_in_fan_out: bool = False
+    use_rslora: bool = False
 
 
 @dataclasses.dataclass

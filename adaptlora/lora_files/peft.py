@@ -100,7 +100,8 @@ def parse(
         if bias is not None and not config.get("lora_bias"):
             raise ValueError(f"{op}: {weights}: {name} must have no bias of lora_B unless lora_bias is true, got one")
         scaling = peft_config.scaling_of(config, name, rank)
-        modules[name] = LoraModule(name, lora_A, lora_B, scaling, bias, bool(config.get("fan_in_fan_out")))
+        flags = (bool(config.get(field)) for field in ("fan_in_fan_out", "use_rslora"))
+        modules[name] = LoraModule(name, lora_A, lora_B, scaling, bias, *flags)
     return PeftFile(path, "peft", modules, skipped, metadata, tensors, keys, config)
 
 

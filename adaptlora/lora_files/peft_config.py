@@ -67,11 +67,17 @@ def check_config(op: str, file: Path, config: dict, names) -> None:
         check_expressions(op, f"{file}: {field}", pattern, names)
     if config.get("bias", "none") != "none":
         raise ValueError(f'{op}: {file}: bias must be "none", got {config["bias"]!r}')
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        found = config["init_lora_weights"]
-        raise ValueError(
-            f"{op}: {file}: init_lora_weights must leave the base weights alone ({_PLAIN_INITS}), got {found!r}"
-        )
+    changed = changed_base(config)
+    if changed is not None:
+        raise ValueError(f"{op}: {file}: {changed}")
+
+
+def changed_base(config: dict) -> str | None:
+    """What is wrong if the factors belong to another base than the model's own weights; None if they do not."""
+    found = config.get("init_lora_weights", True)
+    if found in _PLAIN_INITS:
+        return None
+    return f"init_lora_weights must leave the base weights alone ({_PLAIN_INITS}), got {found!r}"
 
 
 def unsupported_field(config: dict) -> str | None:
@@ -92,19 +98,20 @@ def alpha_of(config: dict, name: str) -> float:
 
 def scaling_of(config: dict, name: str, rank: int) -> float:
     """lora_alpha / r of the module, or / √r for rsLoRA."""
-    return alpha_of(config, name) / _divisor(config, rank)
+    return alpha_of(config, name) / divisor(rank, bool(config.get("use_rslora")))
 
 
-def _divisor(config: dict, rank: int) -> float:
-    return math.sqrt(rank) if config.get("use_rslora") else rank
+def divisor(rank: int, use_rslora: bool) -> float:
+    """What lora_alpha is divided by: r, or √r for rsLoRA."""
+    return math.sqrt(rank) if use_rslora else rank
 
 
 def alpha_for(config: dict, scaling: float, rank: int) -> float:
     """The alpha that PEFT divides to exactly `scaling`, an integer where one does; to its last bit where no float does."""
-    divisor = _divisor(config, rank)
-    alpha = scaling * divisor
+    by = divisor(rank, bool(config.get("use_rslora")))
+    alpha = scaling * by
     candidates = (round(alpha), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, math.inf))
-    return next((candidate for candidate in candidates if candidate and candidate / divisor == scaling), alpha)
+    return next((candidate for candidate in candidates if candidate and candidate / by == scaling), alpha)
 
 
 def for_modules(config: dict, ranks: dict[str, int], alphas: dict[str, float], others=()) -> dict:

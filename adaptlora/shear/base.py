@@ -18,15 +18,22 @@ class Sheared:
         module: name, factors and scaling of what is left; rank 0 means that the update is gone.
         rank_before.
         facts: what the method found, as numbers and lists that JSON can hold.
+        kept: the vectors that are left, by the places they had; None where what is left are other vectors.
     """
 
     module: LoraModule
     rank_before: int
     facts: dict = dataclasses.field(default_factory=dict)
+    kept: list[int] | None = None
 
     @property
     def rank(self) -> int:
         return self.module.lora_A.shape[0]
+
+    def order(self) -> list[int] | None:
+        """The permutation that makes the vectors that are left a module's first; None where they are."""
+        order = self.kept + [vector for vector in range(self.rank_before) if vector not in set(self.kept)]
+        return None if order == list(range(self.rank_before)) else order
 
 
 class Method(ABC):
@@ -70,10 +77,15 @@ def replaced(module: LoraModule, lora_A, lora_B, scaling: float) -> LoraModule:
     )
 
 
-def selected(module: LoraModule, ranks: Sequence[int]) -> LoraModule:
-    """`module` with only these rank vectors."""
-    index = torch.tensor(ranks, dtype=torch.long, device=module.lora_A.device)
-    return replaced(module, module.lora_A[index], module.lora_B[:, index], module.scaling)
+def selected(
+    module: LoraModule, kept: Sequence[int], facts: dict | None = None, scaling: float | None = None
+) -> Sheared:
+    """`module` with only these rank vectors, bit for bit, and another scaling where one is given."""
+    kept = list(kept)
+    index = torch.tensor(kept, dtype=torch.long, device=module.lora_A.device)
+    scaling = module.scaling if scaling is None else scaling
+    smaller = replaced(module, module.lora_A[index], module.lora_B[:, index], scaling)
+    return Sheared(smaller, module.lora_A.shape[0], facts or {}, kept)
 
 
 def remaining(sheared: Sequence[Sheared]) -> list[Sheared]:

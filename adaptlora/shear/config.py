@@ -92,6 +92,48 @@ class SVDConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """
+    NormAL's clip of a trained adapter: keep the first vectors of each module, as many as their norms earn.          [NormAL LoRA, Alg. 2–3]
+
+    Vector r scores s_r = min(1, (‖a_r‖ + ‖b_r‖) / (‖a_1‖ + ‖b_1‖)); those that stay do so bit for bit, with their optimizer state.
+    Exactly one of:
+        target_r: average rank per module; budget k = round(target_r · #modules).
+        budget: k vectors in all modules together, at least one in each, by the highest next score.
+        threshold: λ in [0, 1): keep the vectors up to the last whose score exceeds λ.
+    Args:
+        first_below: with `threshold`, stop at the first score ≤ λ instead.
+        rescale: scale by lora_alpha / r_new (/ √r_new for rsLoRA) instead of by the trained scaling.
+        sort: first put each module's vectors in the order of ‖a_r‖ + ‖b_r‖, the largest first: for adapters that were trained without
+            NormAL's penalty, whose order means nothing.
+    Raises: ValueError naming field, rule and value.
+    """
+
+    target_r: float | None = None
+    budget: int | None = None
+    threshold: float | None = None
+    first_below: bool = False
+    rescale: bool = False
+    sort: bool = False
+
+    def __post_init__(self):
+        given = [field for field in ("target_r", "budget", "threshold") if getattr(self, field) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"ClipConfig: exactly one of target_r, budget and threshold must be given, got {', '.join(given) or 'none'}"
+            )
+        if self.target_r is not None:
+            _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
+        if self.budget is not None:
+            _require(_is_int(self.budget) and self.budget > 0, self, "budget", "must be an integer > 0")
+        if self.threshold is not None:
+            _require(_is_number(self.threshold) and 0 <= self.threshold < 1, self, "threshold", "must be in [0, 1)")
+        for field in ("first_below", "rescale", "sort"):
+            _require(isinstance(getattr(self, field), bool), self, field, "must be True or False")
+        _require(not self.first_below or self.threshold is not None, self, "first_below", "must go with threshold")
+
+
+@dataclasses.dataclass(frozen=True)
 class RandomConfig:
     """Keep max(1, round(eta · r)) rank vectors of each module, drawn at random; the trained scaling stays.          [NoRM, §2.2]"""
 

@@ -32,8 +32,7 @@ class Dropping(Method):
     dropped: frozenset[str] = frozenset()
 
     def module(self, module, weight) -> Sheared:
-        rank = module.lora_A.shape[0]
-        return Sheared(selected(module, range(0 if module.name in self.dropped else rank)), rank)
+        return selected(module, range(0 if module.name in self.dropped else module.lora_A.shape[0]))
 
 
 class TAIA(Dropping):
@@ -78,4 +77,4 @@ class Random(Method):
         rank = module.lora_A.shape[0]
         kept = max(1, round(self.config.eta * rank))
         ranks = torch.randperm(rank, generator=_generator(self.config.seed, module.name))[:kept].sort().values.tolist()
-        return Sheared(selected(module, ranks), rank, {"kept": ranks})
+        return selected(module, ranks, {"kept": ranks})

@@ -8,7 +8,8 @@ from ..adapter import Adapter
 from ..lora_files import LoraModule
 from ..nn import dequantised_weight
 from ..pool import check_workers, over
-from .base import remaining
+from ..ranks import commit_ranks
+from .base import Sheared, remaining
 from .config import NoRMConfig
 from .methods import method_for
 from .report import ShearReport
@@ -18,6 +19,7 @@ def shear(
     target,
     config=None,
     *,
+    optimizer=None,
     adapter_name: str | None = None,
     workers: int | None = None,
     progress: Callable | None = None,
@@ -27,18 +29,20 @@ def shear(
 
     Args:
         target: an `Adapter`, or PEFT's PeftModel.
-        config: NoRMConfig(), SVDConfig(…), TAIAConfig(), RandomConfig(…), DropConfig(…).
+        config: NoRMConfig(), SVDConfig(…), ClipConfig(…), TAIAConfig(), RandomConfig(…), DropConfig(…).
+        optimizer: of a PeftModel that goes on training: torch optimizer, or a wrapper of one, over its factors. An Adapter knows its own.
         adapter_name: of a PeftModel: which adapter (without it: the active one).
         workers: modules at a time (without it: torch's number of threads).   progress: called with (modules done, modules in all).
     Returns: a `ShearReport`: ranks before and after, what the method found for each module.
-    Raises: TypeError (target, config), ValueError (a base weight that is not floating-point, NaN, a layer that is no plain LoRA of a
-        linear layer); nothing has changed then.
-    The result does not depend on `workers`. NoRM's default merges with scale 1; other methods keep each module's scaling. An optimizer
-    that an Adapter tracks forgets the state of its factors: their vectors are others now.
+    Raises: TypeError (target, config, an optimizer whose state cannot follow), ValueError (a base weight that is not floating-point, NaN,
+        a layer that is no plain LoRA of a linear layer, an optimizer without the adapter's factors); nothing has changed then.
+    The result does not depend on `workers`. NoRM's default merges with scale 1; other methods keep each module's scaling. Where a method
+    keeps vectors as they are (all but NoRM and singular values) the optimizer's state of these stays, bit for bit (La-LoRA's does not);
+    elsewhere the vectors are others now, and their state and gradients are forgotten.
     """
     config = NoRMConfig() if config is None else config
     method = method_for(config)
-    handle = _handle(target, adapter_name)
+    handle = _handle(target, adapter_name, optimizer)
     modules = handle.modules()
     check_workers("shear", workers)
     method.prepare(list(modules))
@@ -54,7 +58,7 @@ def shear(
                 progress(len(done), len(modules))
         sheared = method.finish([done[name] for name in modules])
         remaining(sheared)
-        handle.replace([s.module for s in sheared])
+        handle.replace(sheared)
     return ShearReport(config, sheared)
 
 
@@ -62,16 +66,24 @@ def _on_cpu(modules) -> bool:
     return all(module.lora_A.device.type == "cpu" for module in modules.values())
 
 
-def _handle(target, adapter_name: str | None):
+def _handle(target, adapter_name: str | None, optimizer):
     if isinstance(target, Adapter):
         if adapter_name is not None:
             raise ValueError(f"shear: adapter_name must be None for an Adapter, got {adapter_name!r}")
+        if optimizer is not None:
+            found = type(optimizer).__name__
+            raise ValueError(f"shear: optimizer must be None for an Adapter, which tracks its own, got {found}")
         return _AdapterHandle(target)
-    if hasattr(target, "peft_config") and hasattr(target, "base_model"):
+    if is_peft_model(target):
         from ..integrations.peft import PeftHandle
 
-        return PeftHandle(target, adapter_name)
+        return PeftHandle(target, adapter_name, optimizer)
     raise TypeError(f"shear: target must be an Adapter or a PeftModel, got {type(target).__name__}")
+
+
+def is_peft_model(target) -> bool:
+    """By its attributes, so that PEFT stays optional."""
+    return hasattr(target, "peft_config") and hasattr(target, "base_model")
 
 
 class _AdapterHandle:
@@ -95,6 +107,7 @@ class _AdapterHandle:
                 scaling=self.adapter.layers[name].scaling,
                 bias=None,
                 fan_in_fan_out=self.adapter.layers[name].fan_in_fan_out,
+                use_rslora=self.adapter.config.use_rslora,
             )
             for name, (lora_A, lora_B) in factors.items()
         }
@@ -102,7 +115,17 @@ class _AdapterHandle:
     def weight(self, name: str) -> torch.Tensor:
         return dequantised_weight(self.adapter.layers[name].base_layer)
 
-    def replace(self, modules: list[LoraModule]) -> None:
-        self.adapter.replace_factors(
-            {m.name: (m.lora_A, m.lora_B) for m in modules}, {m.name: m.scaling for m in modules}
-        )
+    def replace(self, sheared: list[Sheared]) -> None:
+        adapter, modules = self.adapter, [s.module for s in sheared]
+        if adapter.method.parks or any(s.kept is None for s in sheared):
+            factors = {m.name: (m.lora_A, m.lora_B) for m in modules}
+            adapter.replace_factors(factors, {m.name: m.scaling for m in modules})
+            return
+        ranks = adapter.ranks() | {s.module.name: s.rank for s in sheared}
+        adapter.method.check_ranks(ranks)
+        orders = {s.module.name: order for s in sheared if (order := s.order()) is not None}
+        pairs = {name: layer.pair for name, layer in adapter.layers.items()}
+        commit_ranks(pairs, ranks, orders=orders, compact=True)
+        for module in modules:
+            adapter.layers[module.name].scaling = module.scaling
+        adapter.method.start_from(ranks)

@@ -1,7 +1,8 @@
 """Which class carries out which configuration."""
 
 from .base import Method
-from .config import DropConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
+from .clip import Clip
+from .config import ClipConfig, DropConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
 from .drop import TAIA, Drop, Random
 from .norm import NoRM
 from .svd import SVDTruncation
@@ -9,6 +10,7 @@ from .svd import SVDTruncation
 _METHODS = {
     NoRMConfig: NoRM,
     SVDConfig: SVDTruncation,
+    ClipConfig: Clip,
     TAIAConfig: TAIA,
     RandomConfig: Random,
     DropConfig: Drop,
