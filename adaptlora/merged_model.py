@@ -1,9 +1,9 @@
 """A model on whose weights an adapter is merged, as the folder that its own library loads without adaptlora or PEFT."""
 
 import copy
+import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .distributed.sharding import is_sharded
@@ -11,6 +11,8 @@ from .files import atomic_folder, check_new_folder
 from .finetune._extras import need
 from .nn import is_quantised
 from .nora_files import check_finite
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?[KMGT]B")
 
 
 def write(adapter, path, *, originals: dict[str, nn.Module], max_shard_size: int | str) -> None:
@@ -22,12 +24,18 @@ def write(adapter, path, *, originals: dict[str, nn.Module], max_shard_size: int
     path = Path(path)
     adapter.check_trainable("save")
     check_new_folder("save", path)
+    _check_size(max_shard_size)
     check_finite(adapter)
     _check_plain(adapter.model)
     _check_ties(adapter, originals)
     model = _merged_copy(adapter)
     with atomic_folder(path) as temporary:
         _save(model, temporary, max_shard_size)
+
+
+def _check_size(size) -> None:
+    if not (_SIZE.fullmatch(size) if isinstance(size, str) else type(size) is int and size > 0):
+        raise ValueError(f'save: max_shard_size must be an integer > 0 or text as "5GB", got {size!r}')
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -87,7 +95,6 @@ def _of(model: nn.Module, package: str, base: str) -> bool:
     return any(cls.__name__ == base and cls.__module__.split(".")[0] == package for cls in type(model).__mro__)
 
 
-@torch.no_grad()
 def _save(model: nn.Module, folder: Path, max_shard_size: int | str) -> None:
     if _of(model, "transformers", "PreTrainedModel") or _of(model, "diffusers", "ModelMixin"):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
