@@ -5,6 +5,7 @@ from .adapter import Adapter, RankChange, attach, load, trained_parameters
 from .checkpoint import check_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
 from .config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .distributed.faults import ProcessError
+from .integrations.accelerate import Acceleration, accelerate, restore
 from .integrations.compile import dynamic_ranks
 from .integrations.peft_prune import prune
 from .logs import log_values
@@ -26,6 +27,7 @@ from .shear import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acceleration",
     "AdaLoRAConfig",
     "Adapter",
     "ClipConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "SVDConfig",
     "ShearReport",
     "TAIAConfig",
+    "accelerate",
     "attach",
     "check_checkpoint",
     "dynamic_ranks",
@@ -54,6 +57,7 @@ __all__ = [
     "ops",
     "prune",
     "register_optimizer_state",
+    "restore",
     "save_checkpoint",
     "shear",
     "shear_files",
