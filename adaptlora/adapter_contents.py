@@ -29,6 +29,28 @@ def _check_outer_state(layer, state: dict) -> None:
         )
 
 
+def _of_rewritten_bases(stored, layers: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The file's factors without the vectors, at their end, that put back what is taken out of base weights: a file is for the base as
+    it was.  Raises: ValueError (other vectors than the adapter's, or none).
+    """
+    factors = dict(stored.factors)
+    for name, layer in layers.items():
+        if layer.residual is None:
+            continue
+        count = layer.residual[0]
+        lora_A, lora_B = stored.factors.get(name, (layer.lora_A[:0], layer.lora_B[:, :0]))
+        taken = layer.residual_factors(stored.scalings.get(name))
+        own = lora_A.shape[0] >= count and torch.equal(lora_A[-count:], taken[0].to(lora_A))
+        if not own or not torch.allclose(lora_B[:, -count:], -taken[1].to(lora_B), rtol=1e-6, atol=0):
+            raise ValueError(
+                f"load: {stored.path}: {name} must end in the {count} vectors that were taken out of its base, as this adapter saves "
+                "them with fold_residual=True, got others (adaptlora.load(model, path) takes any file on the base as it was)"
+            )
+        factors[name] = lora_A[:-count], lora_B[:, :-count]
+    return factors
+
+
 class AdapterContents:
     """The part of `Adapter` that reads and replaces what it holds."""
 
@@ -88,7 +110,8 @@ class AdapterContents:
     def load(self, path) -> None:
         """
         Take ranks, scalings and weights from a PEFT adapter folder, where a module that the file lacks gets rank 0; or the inner factors
-        from a NoRA folder, whose outer factors must be those of this adapter.
+        from a NoRA folder, whose outer factors must be those of this adapter. Where vectors were taken out of the base (PiSSA, MiLoRA) the
+        file must hold them, as it does if it was saved with fold_residual=True; they stay taken out.
 
         Raises: FileNotFoundError, ValueError (damaged, unsupported, or does not fit); nothing has changed then.
         """
@@ -102,12 +125,15 @@ class AdapterContents:
                 self.layers[name].take_outer(outer)
             for name, layer in self.layers.items():
                 layer.weighting = _like(stored.outer.weightings.get(name), layer)
-        self._take(stored.factors, stored.scalings)
+            factors = stored.factors
+        else:
+            factors = _of_rewritten_bases(stored, self.layers)
+        self._take(factors, stored.scalings)
         for name, tensors in stored.saved.items():
             self.saved[name].load_state_dict(tensors)
 
     def base_state_dict(self) -> dict[str, torch.Tensor]:
-        """The plain model's tensors by its own names: base weights, less what NoRA took out of them, and modules trained whole."""
+        """The plain model's tensors by its own names: base weights, less what was taken out of them, and modules trained whole."""
         own = {f"{name}.{key}" for name, layer in self.layers.items() for key in layer.state_dict()}
         tensors = {key: tensor for key, tensor in self.model.state_dict().items() if key not in own}
         for name, layer in self.layers.items():
@@ -181,7 +207,7 @@ class AdapterContents:
         Raises: ValueError (other modules or shapes, another start, a field that is missing or unknown); nothing has changed then. Where
             there are no statistics or starts, as in states from before there were such, every module has none.
         """
-        state = dict.fromkeys(("statistics", "starts"), {name: {} for name in self.layers}) | state
+        state = {field: {name: {} for name in self.layers} for field in ("statistics", "starts")} | state
         if state.keys() != _FIELDS:
             different = sorted(state.keys() ^ _FIELDS)
             raise ValueError(

@@ -81,8 +81,11 @@ class AdaptedLinear(nn.Module):
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
 
-    def residual_factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(A_0 (q, K), B_0 (N, q)) of what was taken out of the base's weight, scaling · B_0 A_0; None where nothing was."""
+    def residual_factors(self, scaling: float | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        (A_0 (q, K), B_0 (N, q)), rank-major and detached: scaling · B_0 A_0, today's scaling without one, is taken out of the base's
+        weight; None where nothing is.  Raises: ValueError (a scaling of 0).
+        """
         return None
 
     @property

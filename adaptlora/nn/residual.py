@@ -42,19 +42,17 @@ class ResidualLinear(AdaptedLinear):
         taken = self._taken()
         return None if taken is None else (taken[0].shape[0], taken[2])
 
-    def residual_factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(A_0 (q, K), B_0 (N, q)), rank-major and detached, with ΔW_0 = scaling · B_0 A_0 for today's scaling; None without a residual."""
+    def residual_factors(self, scaling: float | None = None) -> tuple[torch.Tensor, torch.Tensor] | None:
         taken = self._taken()
         if taken is None:
             return None
-        A_0, B_0, scaling = taken
-        if scaling == self.scaling:
+        A_0, B_0, own = taken
+        scaling = self.scaling if scaling is None else scaling
+        if scaling == own:
             return A_0, B_0
-        if not self.scaling:
-            raise ValueError(
-                f"{type(self).__name__}: scaling must not be 0 for ΔW_0 to be written as scaling · B_0 A_0, got 0"
-            )
-        return A_0, (B_0.t() * (scaling / self.scaling)).t()
+        if not scaling:
+            raise ValueError(f"{type(self).__name__}: scaling must not be 0 for scaling · B_0 A_0 to be ΔW_0, got 0")
+        return A_0, (B_0.t() * (own / scaling)).t()
 
     def _correction(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """−ΔW_0 as rank vectors (q, K) and (q, N) to put behind those of a quantised base's adapter; None where there are none."""

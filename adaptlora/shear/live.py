@@ -95,6 +95,11 @@ class _AdapterHandle:
             raise ValueError(
                 "shear: target must hold plain pairs, got NoRA's nested ones (save it for PEFT and shear that)"
             )
+        if any(layer.residual is not None for layer in adapter.layers.values()):
+            raise ValueError(
+                "shear: target must not have taken its start out of the base weights, as PiSSA and MiLoRA do (save it for PEFT with "
+                "fold_residual=True and shear that)"
+            )
         self.adapter = adapter
 
     def modules(self) -> dict[str, LoraModule]:
