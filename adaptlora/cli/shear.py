@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..shear.config import DropConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
+from ..shear.config import ClipConfig, DropConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
 from .app import app
 from .console import one_clear_line, progress
 
 _FIELDS = {  # method → options that belong to it
     "norm": ("search", "tau", "start", "components", "metric", "keep_scaling", "base_svd", "amplification", "seed"),
     "svd": ("keep", "budget"),
+    "clip": ("target_r", "budget", "threshold", "first_below", "rescale", "sort"),
     "taia": (),
     "random": ("eta", "seed"),
     "layer": ("ratio", "seed"),
@@ -37,6 +38,10 @@ Without a base model: a tenth of the file, the largest singular values of all mo
     adaptlora shear lora.safetensors --method svd --budget 500 -o small.safetensors
 
     adaptlora shear adapter --method svd --keep energy=0.95 -o small
+
+NormAL's clip to an average rank of 4, of an adapter trained without its penalty:
+
+    adaptlora shear adapter --method clip --target-r 4 --sort -o small
 
 Many processes, the same bits:
 
@@ -111,8 +116,28 @@ def shear(
     budget: Annotated[
         int | None,
         typer.Option(
-            help="svd: so many vectors in all, the largest singular values of all modules.", rich_help_panel=_OTHERS
+            help="svd, clip: so many vectors in all modules together, the largest singular values or norms.",
+            rich_help_panel=_OTHERS,
         ),
+    ] = None,
+    target_r: Annotated[
+        float | None, typer.Option(help="clip: average rank of the modules.", rich_help_panel=_OTHERS)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="clip: up to the last norm above this part of the first.", rich_help_panel=_OTHERS),
+    ] = None,
+    first_below: Annotated[
+        bool | None,
+        typer.Option("--first-below", help="clip: up to the first norm below it.", rich_help_panel=_OTHERS),
+    ] = None,
+    rescale: Annotated[
+        bool | None,
+        typer.Option("--rescale", help="clip: scale by lora_alpha / the rank that stays.", rich_help_panel=_OTHERS),
+    ] = None,
+    sort: Annotated[
+        bool | None,
+        typer.Option("--sort", help="clip: order the vectors by their norms first.", rich_help_panel=_OTHERS),
     ] = None,
     eta: Annotated[
         float | None,
@@ -132,7 +157,7 @@ def shear(
 
     NoRM keeps, in each module, as many leading components of the update as
     resemble the base weight better than random ones would; the result is merged
-    with scale 1. Other methods go by singular values, or drop blindly.
+    with scale 1. Other methods go by singular values or norms, or drop blindly.
 
     Writes the adapter in the format it came in, shear_report.json, and pictures
     of ranks and of what the search saw. A run that was killed goes on when it is
@@ -180,7 +205,7 @@ def _config(method: str, given: dict):
         return SVDConfig(**_amounts(fields))
     if method in ("layer", "module"):
         return DropConfig(level=method, **fields)
-    return {"norm": NoRMConfig, "taia": TAIAConfig, "random": RandomConfig}[method](**fields)
+    return {"norm": NoRMConfig, "clip": ClipConfig, "taia": TAIAConfig, "random": RandomConfig}[method](**fields)
 
 
 def _amounts(fields: dict) -> dict:
