@@ -7,13 +7,14 @@ import torch
 from models import bert_batch, randomise, tiny_bert
 
 import adaptlora
-from adaptlora import DropConfig, LoraConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
+from adaptlora import ClipConfig, DropConfig, LoraConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
 from adaptlora.pool import over
 
 CONFIGS = [
     NoRMConfig(),
     NoRMConfig(keep_scaling=True),
     SVDConfig(rank=3),
+    ClipConfig(target_r=3, sort=True),
     SVDConfig(budget=30),
     TAIAConfig(),
     RandomConfig(),
