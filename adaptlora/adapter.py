@@ -16,6 +16,7 @@ from .distributed.distribution import Distribution, must_distribute
 from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear
+from .ops._checks import check_finite_number
 from .optimizer_wrappers import check_wrappers, holding, unwrap
 from .ranks import commit_ranks
 from .targets import find_saved, find_targets, matches_pattern
@@ -207,6 +208,37 @@ class Adapter(AdapterContents):
     def factors(self) -> list[nn.Parameter]:
         """lora_A and lora_B of every module, and lora_E of AdaLoRA's."""
         return [getattr(layer.pair, name) for layer in self.layers.values() for name in layer.pair.factor_names]
+
+    def parameter_groups(
+        self, lr: float, *, loraplus_lr_ratio: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict]:
+        """
+        `parameters()` as an optimizer's groups, B faster than A: η_B = loraplus_lr_ratio · η_A          [LoRA+, arXiv:2402.12354]
+
+        torch.optim.AdamW(adapter.parameter_groups(2e-4, loraplus_lr_ratio=16)); track that optimizer as any other; in Trainer
+        Trainer(model, …, optimizers=(optimizer, None), callbacks=[adapter.callback()]). A penalty_step="proximal" shrinks each factor by
+        its own learning rate, and schedulers keep the ratio.
+
+        Args:
+            lr: η_A > 0, of lora_A (and AdaLoRA's lora_E) and of the matrices of modules_to_save.
+            loraplus_lr_ratio: > 0, the paper's advice is ≥ 1; lr times it is for lora_B and, as with PEFT's create_loraplus_optimizer, for
+                all vectors: biases, those of modules_to_save too. None: one learning rate.
+            weight_decay: ≥ 0, of all but vectors.
+        Returns: groups {"params", "lr", "weight_decay"}: A, B, vectors; those that hold anything.
+        Raises: ValueError.
+        """
+        ratio = 1.0 if loraplus_lr_ratio is None else loraplus_lr_ratio
+        for name, value in {"lr": lr, "loraplus_lr_ratio": ratio, "weight_decay": weight_decay}.items():
+            check_finite_number("parameter_groups", name, value)
+            if value < 0 or (value == 0 and name != "weight_decay"):
+                rule = "≥ 0" if name == "weight_decay" else "> 0"
+                raise ValueError(f"parameter_groups: {name} must be {rule}, got {value!r}")
+        of_B = {id(layer.lora_B) for layer in self.layers.values()}
+        slow, fast, vectors = [], [], []
+        for parameter in self.parameters():
+            (vectors if parameter.dim() == 1 else fast if id(parameter) in of_B else slow).append(parameter)
+        groups = ((slow, lr, weight_decay), (fast, lr * ratio, weight_decay), (vectors, lr * ratio, 0.0))
+        return [{"params": params, "lr": rate, "weight_decay": decay} for params, rate, decay in groups if params]
 
     def track(self, optimizer) -> None:
         """
