@@ -46,10 +46,12 @@ def _layers(op: str, model) -> dict[str, nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be a PeftModel, or a module with LoRA layers, got {type(model).__name__}")
+    from peft import PeftMixedModel, PeftModel
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    within = model.get_base_model() if hasattr(model, "get_base_model") else model
+    within = model.base_model if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    within = within.model if isinstance(within, BaseTuner) else within
     layers = {name: module for name, module in within.named_modules() if isinstance(module, BaseTunerLayer)}
     if not any(isinstance(layer, LoraLayer) for layer in layers.values()):
         raise ValueError(f"{op}: model must have LoRA layers of PEFT, got a {type(model).__name__} without")
