@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import warnings
 import weakref
 
 import torch
@@ -19,7 +20,7 @@ from .nn import LoraLinear
 from .ops._checks import check_finite_number
 from .optimizer_wrappers import check_wrappers, holding, unwrap
 from .ranks import commit_ranks
-from .targets import find_saved, find_targets, matches_pattern
+from .targets import find_saved, find_stacked, find_targets, matches_pattern
 
 
 def _number(loss) -> float:
@@ -95,7 +96,18 @@ def _attach(model: nn.Module, config: LoraConfig, **options) -> "Adapter":
         raise
     for name, module in {**layers, **trained}.items():
         _replace(model, name, module)
+    _report_stacked(model, config)
     return Adapter(model, config, layers, trained, saved, method, required)
+
+
+def _report_stacked(model: nn.Module, config: LoraConfig) -> None:
+    stacked = find_stacked(model, config)
+    if stacked:
+        name, shape = next(iter(stacked.items()))
+        warnings.warn(
+            f'attach: "all-linear" means linear layers, and {len(stacked)} stacked weights of experts ({name} {shape}, …) are not adapted',
+            stacklevel=4,
+        )
 
 
 def _require_grad(model: nn.Module, required: dict[str, bool]) -> None:

@@ -174,8 +174,10 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
         chosen = {name: module for name, module in modules.items() if name and matches(spec, name)}
         for entry in [] if isinstance(spec, str) else spec:
             if not any(matches([entry], name) for name in modules):
+                parameters = [name for name, _ in model.named_parameters() if matches([entry], name)]
+                kind = " (a parameter)" if parameters else ""
                 raise ValueError(
-                    f"{op}: target_modules must name modules of the model, got {entry!r}; linear ones: {_some(linear)}"
+                    f"{op}: target_modules must name modules of the model, got {entry!r}{kind}; linear ones: {_some(linear)}"
                 )
     chosen = {
         name: module
@@ -192,6 +194,25 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
             f"{op}: target_modules must match at least one module, got {spec!r}; linear ones: {_some(linear)}"
         )
     return chosen
+
+
+def find_stacked(model: nn.Module, config) -> dict[str, tuple[int, ...]]:
+    """
+    {name: shape (E, ·, ·)} of the stacked weights of a mixture's E experts, which "all-linear" asks for and no layer can adapt: they
+    are parameters of one module, not linear layers. Empty for other targets; without what is excluded or saved whole.
+    """
+    if not (isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR):
+        return {}
+    return {
+        f"{name}.{key}".lstrip("."): tuple(parameter.shape)
+        for name, module in model.named_modules()
+        # torch's own are convolutions and the like
+        if not type(module).__module__.startswith("torch.nn.")
+        and not matches(config.exclude_modules, name)
+        and not _inside(name, config.modules_to_save)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1
+    }
 
 
 def find_saved(model: nn.Module, config) -> dict[str, nn.Module]:
