@@ -90,8 +90,20 @@ def test_from_pretrained_computes_what_merge_computes(case, tmp_path):
     assert not any("lora" in key or "base_layer" in key for key in index["weight_map"])
 
 
-def test_nora_with_a_residual(tmp_path):
-    adapter = adaptlora.attach(tiny_llama(), adaptlora.NoRAConfig(r=2, r_out=6, target_modules=["q_proj", "up_proj"]))
+FIELDS = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        adaptlora.NoRAConfig(**FIELDS, r_out=6),
+        adaptlora.LoraConfig(**FIELDS, init_lora_weights="milora"),
+        adaptlora.AdaLoRAConfig(init_r=3, target_r=2, total_step=9, target_modules=FIELDS["target_modules"]),
+    ],
+    ids=["nora", "milora", "adalora"],
+)
+def test_methods_that_add_another_product_or_take_from_the_base(config, tmp_path):
+    adapter = adaptlora.attach(tiny_llama(), config)
     randomise(adapter)
     adapter.save(tmp_path / "out", format="merged")
     with torch.no_grad():

@@ -68,6 +68,7 @@ CONFIGS = {
     "rslora": adaptlora.LoraConfig(
         r=5, lora_alpha=3, use_rslora=True, target_modules="all-linear", rank_pattern={"key": 2}
     ),
+    "pissa": adaptlora.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, init_lora_weights="pissa"),
     "nora": adaptlora.NoRAConfig(r=3, r_out=8, lora_alpha=7, target_modules=TARGETS),
     "adalora": adaptlora.AdaLoRAConfig(init_r=4, target_r=2, lora_alpha=9, total_step=10, target_modules=TARGETS),
 }
