@@ -72,11 +72,11 @@ def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=N
     return _attach(model, config, calibration=calibration, progress=progress)
 
 
-def _attach(model: nn.Module, config: LoraConfig, **options) -> "Adapter":
-    """`attach`, with a stored adapter's frozen factors among the `Attachment`'s options."""
+def _attach(model: nn.Module, config: LoraConfig, *, whole=None, **options) -> "Adapter":
+    """`attach` of what is stored: full names of the modules trained whole, and frozen factors among the `Attachment`'s options."""
     check_config(config)
-    targets = find_targets(model, config)
-    saved = find_saved(model, config)
+    targets = find_targets(model, config, whole)
+    saved = find_saved(model, config, whole)
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
             if not any(matches_pattern(key, name) for name in targets):

@@ -22,6 +22,16 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _check_expressions(config, field: str, expressions) -> None:
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(
+                f"{type(config).__name__}: {field} must be a regular expression, got {expression!r}: {error}"
+            ) from error
+
+
 @dataclasses.dataclass
 class LoraConfig:
     """
@@ -34,10 +44,16 @@ class LoraConfig:
         target_modules: as in PEFT: a list of module names or name suffixes, a regular expression that must match the whole
             module name, or "all-linear" (every nn.Linear and transformers Conv1D but the output head).
         exclude_modules: list or regular expression of modules to leave out.
-        modules_to_save: names of further modules to train and save whole (a classification head).
+        modules_to_save: further modules to train and save whole (a classification head), by the ends of their names: as in PEFT
+            "classifier" is also "pre_classifier".
+        layers_to_transform: with a list of target_modules: only those in the layers of these numbers, an integer or a list of them; a
+            target that is named in full is always adapted.
+        layers_pattern: what the list of layers is called ("layers", "h"), one or several; without it the first number in a module's name
+            that is not at its start is the layer's.
         rank_pattern: {name, suffix or regex: r} for modules whose rank differs from `r`.
         alpha_pattern: {name, suffix or regex: lora_alpha} likewise.
         use_rslora: scale by lora_alpha / √r.          [rsLoRA, arXiv:2312.03732]
+        lora_bias: train a bias of B as well, zero at the start: y gets scaling · bias.
         bias: "none"; biases stay frozen.
         init_lora_weights: "kaiming": A ~ U(−1/√K, 1/√K), B = 0. "pissa", "milora": scaling · B A = the r leading, or trailing, singular
             triplets of W, √σ in each factor, taken out of the base weight, so that the model's output is unchanged: W − scaling · B A is
@@ -57,6 +73,9 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
+    lora_bias: bool = False
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
     bias: str = "none"
     init_lora_weights: str = "kaiming"
     keep_original: bool = True
@@ -78,13 +97,10 @@ class LoraConfig:
                     raise ValueError(f"{type(self).__name__}: {pattern}[{key!r}] must be > 0, got {value!r}")
         for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, field)
-            for expression in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise ValueError(
-                        f"{type(self).__name__}: {field} must be a regular expression, got {expression!r}: {error}"
-                    ) from error
+            expressions = [value] if isinstance(value, str) else value if isinstance(value, dict) else ()
+            _check_expressions(self, field, expressions)
+        self._check_layers()
+        _require(isinstance(self.lora_bias, bool), self, "lora_bias", "must be True or False")
         _require(self.bias == "none", self, "bias", 'must be "none"')
         _require(self.init_lora_weights in _INITS, self, "init_lora_weights", f"must be one of {', '.join(_INITS)}")
         _require(isinstance(self.keep_original, bool), self, "keep_original", "must be True or False")
@@ -95,6 +111,33 @@ class LoraConfig:
             "modules_to_save",
             "must be a list of names, not one string",
         )
+
+    def _check_layers(self) -> None:
+        numbers, patterns = self.layers_to_transform, self.layers_pattern
+        numbers = [numbers] if _is_int(numbers) else numbers or []
+        whole = isinstance(numbers, list) and all(_is_int(number) and number >= 0 for number in numbers)
+        _require(whole, self, "layers_to_transform", "must be an integer ≥ 0 or a list of them")
+        patterns = [patterns] if isinstance(patterns, str) else patterns or []
+        named = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+        _require(named, self, "layers_pattern", "must be a name or a list of names")
+        _check_expressions(self, "layers_pattern", patterns)
+        for field in ("layers_to_transform", "layers_pattern") if isinstance(self.target_modules, str) else ():
+            rule = "must be None where target_modules is one string, which can say so itself"
+            _require(getattr(self, field) in (None, []), self, field, rule)
+        _require(not patterns or numbers != [], self, "layers_pattern", "must go with layers_to_transform")
+
+    @classmethod
+    def from_peft(cls, peft_config, **more):
+        """
+        The configuration of this method that means what a peft.LoraConfig does: NormALConfig.from_peft(config, t_p=9, t_c=9, budget=k).
+
+        Args: more: further fields, and fields instead of PEFT's.
+        Raises: TypeError (no PEFT configuration), ValueError naming a field of PEFT's that has no counterpart and is not at its default,
+            or a field of ours that is refused. fan_in_fan_out is seen from the modules; PEFT's initial values are drawn otherwise.
+        """
+        from .integrations.peft_fields import fields_from_peft
+
+        return cls(**fields_from_peft(f"{cls.__name__}.from_peft", peft_config, more), **more)
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """lora_alpha / r, or lora_alpha / √r for rsLoRA; 0 for rank 0, where nothing is scaled."""
@@ -275,6 +318,7 @@ class AdaLoRAConfig(LoraConfig):
         )
         self.r = self.init_r
         super().__post_init__()
+        _require(not self.lora_bias, self, "lora_bias", "must be False: triplets have none in PEFT's AdaLoRA")
         _require(self.use_rslora is False, self, "use_rslora", "must be False: AdaLoRA scales by lora_alpha / init_r")
         _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
         for field in ("tinit", "tfinal"):
@@ -321,6 +365,7 @@ class NoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _require(not self.lora_bias, self, "lora_bias", "must be False: the inner pair has none")
         _require(_is_int(self.r_out) and self.r_out >= self.r, self, "r_out", f"must be an integer ≥ r={self.r}")
         inits = ("sigma", "kaiming", "orthogonal")
         _require(self.inner_init in inits, self, "inner_init", f"must be one of {', '.join(inits)}")

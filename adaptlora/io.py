@@ -52,7 +52,7 @@ class StoredAdapter:
 
     def attach_options(self) -> dict:
         """For `attach`: exactly the modules of the file, at their ranks."""
-        return {"config": self.lora_config()}
+        return {"config": self.lora_config(), "whole": sorted(self.saved)}
 
     def lora_config(self) -> LoraConfig:
         return LoraConfig(

@@ -45,7 +45,7 @@ class StoredNoRA:
         return (self.factors[name][0].shape[0], self.scalings[name]) if taken else None
 
     def attach_options(self) -> dict:
-        return {"config": self.config, "stored": self.outer}
+        return {"config": self.config, "stored": self.outer, "whole": sorted(self.saved)}
 
 
 def check_finite(adapter) -> None:

@@ -38,6 +38,19 @@ def pattern_value(pattern: dict, name: str, default):
     return next((value for key, value in pattern.items() if matches_pattern(key, name)), default)
 
 
+def in_layers(config, name: str) -> bool:
+    """PEFT's rule for layers_to_transform and layers_pattern: the first number behind the pattern, or in the name, must be one of them."""
+    numbers = config.layers_to_transform
+    if numbers is None or numbers == []:
+        return True
+    patterns = config.layers_pattern
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    rules = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns or ()]
+    found = (re.match(rule, name) for rule in rules or [r".*?\.[^.]*\.(?P<layer>\d+)\."])
+    layer = next((match["layer"] for match in found if match), None)
+    return layer is not None and int(layer) in ([numbers] if isinstance(numbers, int) else numbers)
+
+
 _MOST_STEPS = 5e9  # some ten seconds at the very worst: literals cut real expressions short long before
 _MOST_REPEATS = 1000
 _USUAL_LENGTH = 100  # of a model's longest module name
@@ -151,10 +164,11 @@ def _inside(name: str, parents: list[str] | None) -> bool:
     return any(matches([parent], name) or f".{parent}." in f".{name}." for parent in parents or ())
 
 
-def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config, whole=None) -> dict[str, nn.Module]:
     """
-    {name: module} that the configuration adapts, in the model's order.
+    {name: module} that the configuration adapts, in the model's order; none in a module that is trained whole.
 
+    Args: whole: names of such modules, instead of what modules_to_save means.
     Raises: ValueError (a model that is adapted already, an entry of target_modules that names nothing, nothing left),
         TypeError (a named module that is no linear layer).
     """
@@ -165,13 +179,18 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
     if adapted is not None:
         kind = type(modules[adapted]).__name__
         raise ValueError(f"{op}: model must not be adapted already; {adapted!r} is a {kind} (detach or merge it first)")
+    whole = list(find_saved(model, config, whole))
     linear = {name: module for name, module in modules.items() if name and is_linear(module)}
     spec = config.target_modules
     if isinstance(spec, str) and spec.lower() == ALL_LINEAR:
         heads = _output_heads(model)
         chosen = {name: module for name, module in linear.items() if module not in heads}
     else:
-        chosen = {name: module for name, module in modules.items() if name and matches(spec, name)}
+        chosen = {
+            name: module
+            for name, module in modules.items()
+            if name and matches(spec, name) and (isinstance(spec, str) or name in spec or in_layers(config, name))
+        }
         for entry in [] if isinstance(spec, str) else spec:
             if not any(matches([entry], name) for name in modules):
                 parameters = [name for name, _ in model.named_parameters() if matches([entry], name)]
@@ -182,7 +201,7 @@ def find_targets(model: nn.Module, config) -> dict[str, nn.Module]:
     chosen = {
         name: module
         for name, module in chosen.items()
-        if not matches(config.exclude_modules, name) and not _inside(name, config.modules_to_save)
+        if not matches(config.exclude_modules, name) and not any(f"{name}.".startswith(f"{other}.") for other in whole)
     }
     for name, module in chosen.items():
         if name not in linear:
@@ -215,11 +234,17 @@ def find_stacked(model: nn.Module, config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def find_saved(model: nn.Module, config) -> dict[str, nn.Module]:
-    """{name: module} trained and saved whole.  Raises: ValueError (an entry of modules_to_save that names nothing)."""
+def find_saved(model: nn.Module, config, whole=None) -> dict[str, nn.Module]:
+    """
+    {name: module} trained and saved whole, by PEFT's rule: an entry of modules_to_save is the end of a name, wherever in a word it begins.
+
+    Args: whole: full names, instead of modules_to_save.
+    Raises: ValueError (an entry that names nothing).
+    """
     found = {}
-    for entry in config.modules_to_save or ():
-        named = {name: module for name, module in model.named_modules() if name and matches([entry], name)}
+    for entry in (config.modules_to_save or ()) if whole is None else whole:
+        means = str.endswith if whole is None else str.__eq__
+        named = {name: module for name, module in model.named_modules() if name and means(name, entry)}
         if not named:
             raise ValueError(f"attach: modules_to_save must name modules of the model, got {entry!r}")
         found.update(named)
