@@ -37,6 +37,18 @@ bool all_plain(const variable_list& tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return !t.defined() || is_plain(t); });
 }
 
+// What of x and S some gradient is made of: dA of x, dB and dE of S, dx of neither. ops/lora_delta.py's to_save.
+variable_list to_save(const at::Tensor& x, const at::Tensor& S, const Group& group) {
+  bool trains_A = false, trains_S = false;
+  for (const auto& [A, B, rank_scale, scaling, seed] : group.modules) {
+    trains_A = trains_A || A.requires_grad();
+    trains_S = trains_S || B.requires_grad() || (rank_scale.has_value() && rank_scale->requires_grad());
+  }
+  return {trains_A ? x : at::Tensor(), trains_S ? S : at::Tensor()};
+}
+
+std::optional<at::Tensor> if_defined(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
+
 class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
  public:
   // As, Bs and the rank_scales that there are: those of `group`, as inputs of the graph.
@@ -54,7 +66,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
       }
     }
     // What the registered ops save, in their order: a checkpoint may recompute on the other path.
-    variable_list saved{x, S};
+    variable_list saved = to_save(x, S, group);
     for (const at::TensorList tensors : {at::TensorList(weights), As, Bs}) append(saved, tensors);
     for (const Adapter& adapter : group.modules) {
       if (adapter.rank_scale.has_value()) {
@@ -88,7 +100,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
     const bool grouped = ctx->saved_data["grouped"].toBool();
     const char* op = grouped ? "lora_group_backward" : "lora_linear_backward";
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &S = saved[1];
+    const auto x = if_defined(saved[0]), S = if_defined(saved[1]);
     const at::Tensor *weights = saved.data() + 2, *As = weights + n, *Bs = As + n, *rank_scales = Bs + n;
     const at::Tensor* seeds = saved.data() + saved.size() - n;  // with dropout
     const auto n_scales = static_cast<size_t>(std::count(has_rank_scale.begin(), has_rank_scale.end(), 1));
@@ -127,22 +139,30 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
   }
 
  private:
-  static GroupGradients plain_gradients(const variable_list& dys, const at::Tensor& x,
-                                        const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
-                                        bool need_dx, const std::vector<Wanted>& wanted) {
+  static GroupGradients plain_gradients(const variable_list& dys, const std::optional<at::Tensor>& x,
+                                        const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& S,
+                                        const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
     RECORD_FUNCTION(std::string("adaptlora::") + group.op, std::vector<c10::IValue>());
     const PlainDispatch plain;
     OptionalTensors dys_2d;
-    for (const at::Tensor& dy : dys) dys_2d.push_back(dy.defined() ? std::optional(as_2d(dy)) : std::nullopt);
-    GroupGradients grads = lora_group_gradients(dys_2d, as_2d(x), weights, S, group, need_dx, wanted);
+    std::vector<int64_t> shape;  // of x
+    for (const at::Tensor& dy : dys) {
+      dys_2d.push_back(dy.defined() ? std::optional(as_2d(dy)) : std::nullopt);
+      if (dy.defined()) shape = dy.sizes().vec();
+    }
+    const auto tokens = x.has_value() ? std::optional(as_2d(*x)) : std::nullopt;
+    GroupGradients grads = lora_group_gradients(dys_2d, tokens, weights, S, group, need_dx, wanted);
     auto& dx = std::get<0>(grads);
-    if (dx.has_value() && x.dim() != 2) dx = dx->view(x.sizes());
+    if (dx.has_value() && shape.size() != 2) {
+      shape.back() = dx->size(1);
+      dx = dx->view(shape);
+    }
     return grads;
   }
 
   // Module after module: torch's fallbacks, for lazily negated tensors above all, do not look into a list of optional ones.
-  static GroupGradients dispatched_gradients(const variable_list& dys, const at::Tensor& x,
-                                             const std::vector<at::Tensor>& weights, const at::Tensor& S,
+  static GroupGradients dispatched_gradients(const variable_list& dys, const std::optional<at::Tensor>& x,
+                                             const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& S,
                                              const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
     const size_t n = dys.size();
     std::optional<at::Tensor> dx;
@@ -150,7 +170,7 @@ class LoraGroupFunction : public torch::autograd::Function<LoraGroupFunction> {
     int64_t column = 0;
     for (size_t i = 0; i < n; ++i) {
       const auto& [A, B, rank_scale, scaling, seed] = group.modules[i];
-      const at::Tensor S_i = S.narrow(1, column, A.size(0));
+      const c10::IValue S_i = S.has_value() ? c10::IValue(S->narrow(1, column, A.size(0))) : c10::IValue();
       column += A.size(0);
       if (!dys[i].defined()) continue;
       const c10::IValue seed_value = seed ? c10::IValue(at::scalar_tensor(*seed, at::kLong)) : c10::IValue();

@@ -30,16 +30,17 @@ def lora_delta_backward(
     """
     dS = (dy B) ∘ e;   dx = drop(dS A);   dA = dSᵀ drop(x);   G = dyᵀ S;   dB = G ∘ e;   dE = scaling · Σ_n G B
 
-    Args: as in `lora_delta_`, with dy2d (M, N) in the dtype of x and S as returned there.
+    Args: as in `lora_delta_`, with dy2d (M, N) in the dtype of x and S as returned there; x2d may be None without need_dA, and S
+        without need_dB and need_dE.
     Returns: dx (M, K); dA (R, K), contiguous; dB (N, R) with strides (1, N); dE (R,); each in the dtype of its operand, None
         where not needed.
     """
     dropout = (dropout_p, threshold, None if seed is None else [seed])
-    ds = x2d.new_empty((x2d.shape[0], A.shape[0])) if need_dx or need_dA else None
+    ds = dy2d.new_empty((dy2d.shape[0], A.shape[0])) if need_dx or need_dA else None
     dB, dE = factor_gradients(dy2d, S, B, rank_scale, scaling, ds, need_dB, need_dE)
     dx = dA = None
     if need_dx:
-        dx = x2d.new_zeros(x2d.shape)
+        dx = dy2d.new_zeros((dy2d.shape[0], A.shape[1]))
         lora_expand_(dx, ds, [A], *dropout)
     if need_dA:
         dA = torch.empty(A.shape, dtype=A.dtype, device=A.device)

@@ -65,7 +65,8 @@ def lora_ds_db(dy, B, s, rank_scale, scaling: float, ds=None, dB=None, G=None) -
 
     Args:
         dy: (M, N), B: (N, R), any strides.   s: (M, R) fp32, unit column stride.   rank_scale: E (R,) contiguous, or None.
-        ds: (M, R), unit column stride.   dB, G: (N, R) with strides (1, N).   Written in their own dtypes; None: not needed.
+        ds: (M, R), unit column stride.   dB, G: (N, R) with strides (1, N).   Written in their own dtypes; None: not needed. Without
+            both dB and G, s may be None.
     B and scaling · S ∘ E, or S, are rounded to the dtype of dy.
     """
     (M, N), R, kind = dy.shape, B.shape[1], tiles.kind(dy, B.t())

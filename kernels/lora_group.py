@@ -70,7 +70,7 @@ def lora_group_backward(
     dB_i = G_i ∘ e_i;   dE_i = scaling_i · Σ_n G_i B_i
 
     Args: as in `lora_group`, with dys (M, N_i) in the dtype of x, None where nothing depends on that y, and S as returned there;
-        need_dx: bool; need_dA, need_dB, need_dE: one a module.
+        need_dx: bool; need_dA, need_dB, need_dE: one a module. x2d may be None without a dA, and S without a dB and a dE.
     Returns: dx (M, K); lists of dA_i (R_i, K), contiguous; dB_i (N_i, R_i) with strides (1, N_i); dE_i (R_i,); each in the dtype
         of its operand, None where not needed. Gradients through a dy_i of None are None too, and so is dx where all are.
     """
@@ -78,17 +78,20 @@ def lora_group_backward(
     columns = _columns(ranks)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     dAs, dBs, dEs = [None] * len(As), [None] * len(As), [None] * len(As)
+    if not used:
+        return None, dAs, dBs, dEs
     through = [i for i in used if ranks[i] and (need_dx or need_dA[i])]
-    ds = x2d.new_empty((x2d.shape[0], sum(ranks[i] for i in through)))
+    dy = dys[used[0]]
+    ds = dy.new_empty((dy.shape[0], sum(ranks[i] for i in through)))
     parts = dict(zip(through, _columns([ranks[i] for i in through]), strict=True))
     for i in used:
         dBs[i], dEs[i] = factor_gradients(
-            dys[i], S[:, columns[i]], Bs[i], rank_scales[i], scalings[i],
+            dys[i], None if S is None else S[:, columns[i]], Bs[i], rank_scales[i], scalings[i],
             ds[:, parts[i]] if i in parts else None, need_dB[i], need_dE[i],
         )  # fmt: skip
     masks = (dropout_p, threshold)
     dx = None
-    if need_dx and used:
+    if need_dx:
         dx = _dx(
             [dys[i] for i in used],
             [weights[i] for i in used],
@@ -99,7 +102,7 @@ def lora_group_backward(
         )
     wanted = [i for i in used if need_dA[i]]
     for i in wanted:
-        dAs[i] = torch.empty(As[i].shape, dtype=As[i].dtype, device=x2d.device)
+        dAs[i] = torch.empty(As[i].shape, dtype=As[i].dtype, device=As[i].device)
     trained = [i for i in wanted if ranks[i]]
     if trained:
         if trained != through:  # what dx alone needed stands between the rest

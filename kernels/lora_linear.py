@@ -25,7 +25,8 @@ def lora_linear_backward(
     """
     dS = (dy B) ∘ e;   dx = dy W + drop(dS A);   dA = dSᵀ drop(x);   G = dyᵀ S;   dB = G ∘ e;   dE = scaling · Σ_n G B
 
-    Args: as in `lora_linear`, with dy2d (M, N) in the dtype of x and S as returned there.
+    Args: as in `lora_linear`, with dy2d (M, N) in the dtype of x and S as returned there; x2d may be None without need_dA, and S
+        without need_dB and need_dE.
     Returns: dx (M, K); dA (R, K), contiguous; dB (N, R) with strides (1, N); dE (R,); each in the dtype of its operand, None
         where not needed.
     """

@@ -171,9 +171,12 @@ def fused(monkeypatch):
     ):  # fmt: skip
         members = list(zip(weights, As, Bs, rank_scales, seeds or [None] * len(As), scalings, strict=True))
         assert any(dy is not None for dy in dys)
-        dx, grads = torch.zeros_like(x2d) if need_dx else None, []
+        assert (x2d is not None or not any(need_dA)) and (S is not None or not any(need_dB + need_dE))
+        like = next(dy for dy in dys if dy is not None)
+        columns = rows(like if x2d is None else x2d, members, S) or [None] * len(As)
+        dx, grads = like.new_zeros(like.shape[0], As[0].shape[1]) if need_dx else None, []
         needs = zip(need_dA, need_dB, need_dE, strict=True)
-        for dy, (W, *rest), s, need in zip(dys, members, rows(x2d, members, S), needs, strict=True):
+        for dy, (W, *rest), s, need in zip(dys, members, columns, needs, strict=True):
             if dy is None:
                 assert not any(need)
                 grads.append((None,) * 3)

@@ -30,9 +30,9 @@ def _lora_delta(y, x, lora_A, *rest, out_shape=None, **kwargs) -> int:
 def _lora_delta_backward(
     dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs
 ) -> int:
-    N, K = dy[-1], x[-1]
+    N, K = dy[-1], lora_A[1]
     dx, dA, dB, dE = need
-    return 2 * math.prod(lora_A[:1] + x[:-1]) * ((dx or dA) * N + dx * K + dA * K + (dB or dE) * N)
+    return 2 * math.prod(lora_A[:1] + dy[:-1]) * ((dx or dA) * N + dx * K + dA * K + (dB or dE) * N)
 
 
 @register_flop_formula(torch.ops.adaptlora.lora_linear)
@@ -46,7 +46,7 @@ def _lora_linear_backward(
     dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need, out_shape=None, **kwargs
 ) -> int:
     low_rank = _lora_delta_backward(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need)
-    return need[0] * 2 * math.prod((*dy, x[-1])) + low_rank
+    return need[0] * 2 * math.prod((*dy, lora_A[1])) + low_rank
 
 
 @register_flop_formula(torch.ops.adaptlora.lora_group)

@@ -41,9 +41,9 @@ def delta_ref(x, lora_A, lora_B, rank_scale, scaling, dropout_p, seed):
 
 
 def delta_backward_ref(dy, x, s, lora_A, lora_B, rank_scale, scaling, dropout_p, seed, *, need):
-    """(dx, dA, dB, dE) for 2-d dy and x, each None where not needed; G = dyᵀ S (N, R)."""
+    """(dx, dA, dB, dE) for 2-d dy and x, each None where not needed; G = dyᵀ S (N, R). x is read for dA, s for dB and dE."""
     need_dx, need_dA, need_dB, need_dE = need
-    acc = accumulation_dtype(x.dtype)
+    acc = accumulation_dtype(dy.dtype)
     factor = _rank_factor(lora_A, rank_scale, scaling)
     dy_acc = dy.to(acc)
     ds = (dy_acc @ lora_B.to(acc)) * factor if need_dx or need_dA else None
@@ -73,11 +73,31 @@ def find_kernels(op: str, x, N: int, lora_A):
     return _backend.kernels(x, op) if has_kernels(x, N, lora_A) else None
 
 
-def not_aliased(x, grads) -> tuple[torch.Tensor, ...]:
+def shape_of_x(dy, lora_A) -> tuple[int, ...]:
+    """(..., K), for a backward that may have no x."""
+    return *dy.shape[:-1], lora_A.shape[1]
+
+
+def to_save(x, s, lora_As, lora_Bs, rank_scales) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(x, S), each None unless a gradient is made of it: dA of x, dB and dE of S; dx of neither."""
+    trains_A, trains_S = (
+        any(t is not None and t.requires_grad for t in of) for of in (lora_As, (*lora_Bs, *rank_scales))
+    )
+    return x if trains_A else None, s if trains_S else None
+
+
+def check_saved(op: str, x, s, need_dA: bool, need_dB_or_dE: bool) -> None:
+    if need_dA and x is None:
+        raise ValueError(f"{op}: x must be given where dA is needed, got None")
+    if need_dB_or_dE and s is None:
+        raise ValueError(f"{op}: s must be given where dB or dE is needed, got None")
+
+
+def not_aliased(dy, lora_A, grads) -> tuple[torch.Tensor, ...]:
     """(dx, dA, dB, dE) as an op returns them: dx as x, an empty tensor of its own for each None (outputs must not alias)."""
     dx, *others = grads
-    grads = [None if dx is None else dx.view(x.shape), *others]
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    grads = [None if dx is None else dx.view(shape_of_x(dy, lora_A)), *others]
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @register(
@@ -121,18 +141,21 @@ def _lora_delta(y, *operands):
 
 
 @register(
-    "lora_delta_backward(Tensor dy, Tensor x, Tensor s, Tensor lora_A, Tensor lora_B, Tensor? rank_scale, Tensor? seed, "
+    "lora_delta_backward(Tensor dy, Tensor? x, Tensor? s, Tensor lora_A, Tensor lora_B, Tensor? rank_scale, Tensor? seed, "
     "float scaling, float dropout_p, bool[4] need) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _lora_delta_backward(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
-    with no_autocast(x):
-        operands = (as_2d(dy), as_2d(x), s, lora_A, lora_B, rank_scale, scaling, dropout_p)
-        kernels = find_kernels("lora_delta", x, dy.shape[-1], lora_A)
+    """(dx, dA, dB, dE); x may be None where dA is not needed, s where neither dB nor dE is."""
+    check_saved("lora_delta_backward", x, s, need[1], need[2] or need[3])
+    with no_autocast(dy):
+        tokens = None if x is None else as_2d(x)
+        operands = (as_2d(dy), tokens, s, lora_A, lora_B, rank_scale, scaling, dropout_p)
+        kernels = find_kernels("lora_delta", dy, lora_A.shape[1], lora_A)
         if kernels is None:
             grads = delta_backward_ref(*operands, seed, need=need)
         else:
             grads = kernels.lora_delta_backward(*operands, threshold(dropout_p), seed, *need)
-        return not_aliased(x, grads)
+        return not_aliased(dy, lora_A, grads)
 
 
 @torch.library.register_fake("adaptlora::lora_delta_", lib=library)
@@ -148,19 +171,20 @@ def _(y, *operands):
 @torch.library.register_fake("adaptlora::lora_delta_backward", lib=library)
 def _(dy, x, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
     likes = (
-        x.new_empty(x.shape),
+        dy.new_empty(shape_of_x(dy, lora_A)),
         lora_A.new_empty(lora_A.shape),
         lora_B.new_empty(lora_B.shape[::-1]).t(),
         rank_scale.new_empty(rank_scale.shape) if need[3] else None,
     )
-    return tuple(like if needed else x.new_empty(0) for like, needed in zip(likes, need, strict=True))
+    return tuple(like if needed else dy.new_empty(0) for like, needed in zip(likes, need, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
     _, x, lora_A, lora_B, rank_scale, seed, ctx.scaling, ctx.dropout_p = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], lora_A, lora_B, rank_scale, seed)
+    saved = to_save(x, output[1], [lora_A], [lora_B], [rank_scale])
+    ctx.save_for_backward(*saved, lora_A, lora_B, rank_scale, seed)
 
 
 def _backward(ctx, dy, _=None):
@@ -243,7 +267,8 @@ def lora_delta_(y, x, lora_A, lora_B, *, scaling=1.0, rank_scale=None, dropout_p
     Returns: y itself; the product is accumulated in fp32, added to y in fp32 and rounded once. Gradients: dy, unchanged, for the
         old y; dx, dA, dB and dE for the others.
     Raises: ValueError (shape, device, range, a y that must not change), TypeError (dtype); y is unchanged then.
-    Saved for backward: x, S = drop(x) Aᵀ (M, R), A, B and the seed; not y and no mask.   Deterministic: yes.
+    Saved for backward: x where lora_A requires grad, S = drop(x) Aᵀ (M, R) where lora_B or rank_scale does, A, B and the seed; not y and
+        no mask.   Deterministic: yes.
     """
     check_tokens(OP, "y", y)
     if autocasts(x):

@@ -9,7 +9,7 @@ from . import _backend
 from ._checks import check_dropout, check_tokens
 from ._dropout import as_seed, new_seed, threshold
 from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
-from .lora_delta import MAX_RANK, as_2d
+from .lora_delta import MAX_RANK, as_2d, check_saved, shape_of_x, to_save
 from .lora_linear import autocast, check_linear, lora_linear_ref
 
 OP = "lora_group"
@@ -39,8 +39,8 @@ def _present(vectors: list[torch.Tensor], matrices: list[torch.Tensor]) -> list[
 
 
 def _kernels(x, weights, lora_As):
-    """Kernels that take all modules in one launch, or None: then they run one after the other, each as lora_linear would."""
-    launches = x.numel() and all(W.shape[0] for W in weights) and 0 < max(A.shape[0] for A in lora_As) <= MAX_RANK
+    """For x, or a dy: kernels that take all modules in one launch, or None, where they run one by one, as lora_linear would each."""
+    launches = x.numel() and all(W.numel() for W in weights) and 0 < max(A.shape[0] for A in lora_As) <= MAX_RANK
     kernels = _backend.kernels(x, OP) if launches else None
     return kernels if hasattr(kernels, OP) else None
 
@@ -66,22 +66,27 @@ def _lora_group(x, weights, biases, lora_As, lora_Bs, rank_scales, seeds, scalin
 
 
 @register(
-    "lora_group_backward(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor s, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "lora_group_backward(Tensor?[] dys, Tensor? x, Tensor[] weights, Tensor? s, Tensor[] lora_As, Tensor[] lora_Bs, "
     "Tensor[] rank_scales, Tensor[] seeds, float[] scalings, float dropout_p, bool need_dx, bool[] need_dA, bool[] need_dB, "
     "bool[] need_dE) -> (Tensor, Tensor[], Tensor[], Tensor[])"
 )
 def _lora_group_backward(
     dys, x, weights, s, lora_As, lora_Bs, rank_scales, seeds, scalings, dropout_p, need_dx, need_dA, need_dB, need_dE
 ):
-    """dx and lists dA, dB, dE, each empty where not needed. Of a module without dy nothing is needed, and at least one has a dy."""
+    """
+    dx and lists dA, dB, dE, each empty where not needed. Of a module without dy nothing is needed, and at least one has a dy. x may be
+    None where no dA is needed, s where neither a dB nor a dE is.
+    """
+    check_saved("lora_group_backward", x, s, any(need_dA), any(need_dB + need_dE))
     # torch resolves lazily negated tensors before an op, but not in a list of optional ones.
     dys = [None if dy is None else dy.resolve_neg() for dy in dys]
+    like = next(dy for dy in dys if dy is not None)
     rank_scales = _present(rank_scales, lora_As)
-    kernels = _kernels(x, weights, lora_As)
+    kernels = _kernels(like, weights, lora_As)
     if kernels is None:
         dx, lists = None, ([None] * len(dys), [None] * len(dys), [None] * len(dys))
         seeds = seeds or [None] * len(weights)
-        columns = s.split([A.shape[0] for A in lora_As], 1)
+        columns = [None] * len(dys) if s is None else s.split([A.shape[0] for A in lora_As], 1)
         modules = list(zip(columns, lora_As, lora_Bs, rank_scales, seeds, scalings, strict=True))
         for i, dy in enumerate(dys):
             if dy is None:
@@ -93,15 +98,15 @@ def _lora_group_backward(
             if need_dx:
                 dx = dx_i if dx is None else dx.add_(dx_i)
     else:
-        with no_autocast(x):
+        with no_autocast(like):
             dx, *lists = kernels.lora_group_backward(
                 [None if dy is None else as_2d(dy) for dy in dys],
-                as_2d(x), weights, s, lora_As, lora_Bs, rank_scales, scalings, dropout_p, threshold(dropout_p), seeds or None,
-                need_dx, need_dA, need_dB, need_dE,
+                None if x is None else as_2d(x), weights, s, lora_As, lora_Bs, rank_scales, scalings, dropout_p, threshold(dropout_p),
+                seeds or None, need_dx, need_dA, need_dB, need_dE,
             )  # fmt: skip
     # As in lora_linear, an empty tensor of its own for each gradient that is not needed.
-    lists = ([x.new_empty(0) if grad is None else grad for grad in grads] for grads in lists)
-    return x.new_empty(0) if dx is None else dx.view(x.shape), *lists
+    lists = ([like.new_empty(0) if grad is None else grad for grad in grads] for grads in lists)
+    return like.new_empty(0) if dx is None else dx.view(shape_of_x(like, lora_As[0])), *lists
 
 
 @torch.library.register_fake("adaptlora::lora_group", lib=library)
@@ -114,12 +119,13 @@ def _(x, weights, biases, lora_As, lora_Bs, rank_scales, seeds, scalings, dropou
 def _(
     dys, x, weights, s, lora_As, lora_Bs, rank_scales, seeds, scalings, dropout_p, need_dx, need_dA, need_dB, need_dE
 ):
+    like = next(dy for dy in dys if dy is not None)
     modules = zip(lora_As, lora_Bs, rank_scales, zip(need_dA, need_dB, need_dE, strict=True), strict=True)
     grads = [
-        torch.ops.adaptlora.lora_delta_backward(x, x, s, A, B, E, None, 1.0, 0.0, [False, *need])[1:]
+        torch.ops.adaptlora.lora_delta_backward(like, x, s, A, B, E, None, 1.0, 0.0, [False, *need])[1:]
         for A, B, E, need in modules
     ]
-    return x.new_empty(x.shape if need_dx else 0), *map(list, zip(*grads, strict=True))
+    return like.new_empty(shape_of_x(like, lora_As[0]) if need_dx else 0), *map(list, zip(*grads, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,7 +134,8 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
     ctx.lengths = [len(tensors) for tensors in (weights, lora_As, lora_Bs, rank_scales, seeds)]
-    ctx.save_for_backward(x, s, *weights, *lora_As, *lora_Bs, *rank_scales, *seeds)
+    saved = to_save(x, s, lora_As, lora_Bs, rank_scales)
+    ctx.save_for_backward(*saved, *weights, *lora_As, *lora_Bs, *rank_scales, *seeds)
 
 
 def _backward(ctx, dys, _):
@@ -185,7 +192,8 @@ def lora_group(
             torch's generator, in order: those that `lora_linear` would draw, called on the modules one after the other.
     Returns: list of y_i (..., N_i), dtype of x; products with A_i and B_i are accumulated in fp32.
     Raises: ValueError (shape, length, device, range, unfrozen base), TypeError (dtype, not a list).
-    Saved for backward: x, S (M, ΣR_i) with the columns drop_i(x) A_iᵀ, A_i, B_i, E_i and the seeds; no mask.   Deterministic: yes.
+    Saved for backward: x where a lora_A requires grad, S (M, ΣR_i) with the columns drop_i(x) A_iᵀ where a lora_B or E does, W_i, A_i,
+        B_i, E_i and the seeds; no mask.   Deterministic: yes.
     A module whose y_i takes no part in the loss gets no gradients and adds nothing to dx.
     """
     absent = [None] * len(weights) if isinstance(weights, (list, tuple)) else []

@@ -9,7 +9,17 @@ from . import _backend
 from ._checks import check_adapter, check_device_and_dtype, check_tensor, check_tokens
 from ._dropout import as_seed, threshold
 from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
-from .lora_delta import as_2d, autocast_to, autocasts, delta_backward_ref, delta_ref, find_kernels, not_aliased
+from .lora_delta import (
+    as_2d,
+    autocast_to,
+    autocasts,
+    check_saved,
+    delta_backward_ref,
+    delta_ref,
+    find_kernels,
+    not_aliased,
+    to_save,
+)
 
 OP = "lora_linear"
 
@@ -49,18 +59,21 @@ def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dro
 
 
 @register(
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor s, Tensor lora_A, Tensor lora_B, Tensor? rank_scale, "
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor? s, Tensor lora_A, Tensor lora_B, Tensor? rank_scale, "
     "Tensor? seed, float scaling, float dropout_p, bool[4] need) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _lora_linear_backward(dy, x, weight, s, lora_A, lora_B, rank_scale, seed, scaling, dropout_p, need):
-    with no_autocast(x):
-        operands = (as_2d(dy), as_2d(x), weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p)
-        kernels = find_kernels(OP, x, weight.shape[0], lora_A)
+    """(dx, dA, dB, dE); x may be None where dA is not needed, s where neither dB nor dE is."""
+    check_saved("lora_linear_backward", x, s, need[1], need[2] or need[3])
+    with no_autocast(dy):
+        tokens = None if x is None else as_2d(x)
+        operands = (as_2d(dy), tokens, weight, s, lora_A, lora_B, rank_scale, scaling, dropout_p)
+        kernels = find_kernels(OP, dy, weight.shape[1], lora_A)
         if kernels is None:
             grads = _backward_ref(*operands, seed, need=need)
         else:
             grads = kernels.lora_linear_backward(*operands, threshold(dropout_p), seed, *need)
-        return not_aliased(x, grads)
+        return not_aliased(dy, lora_A, grads)
 
 
 @torch.library.register_fake("adaptlora::lora_linear", lib=library)
@@ -79,7 +92,7 @@ def _setup_context(ctx, inputs, output):
     s = output[1]
     ctx.mark_non_differentiable(s)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, s, weight, lora_A, lora_B, rank_scale, seed)
+    ctx.save_for_backward(*to_save(x, s, [lora_A], [lora_B], [rank_scale]), weight, lora_A, lora_B, rank_scale, seed)
 
 
 def _backward(ctx, dy, _):
@@ -144,7 +157,8 @@ def lora_linear(
         seed: int or 0-dim int64 tensor that fixes the dropout mask; None draws one from torch's generator.
     Returns: y (..., N), dtype of x; products with A and B are accumulated in fp32.
     Raises: ValueError (shape, device, range, unfrozen base), TypeError (dtype).
-    Saved for backward: x, S = drop(x) Aᵀ (M, R), A, B and the seed; no mask.   Deterministic: yes.
+    Saved for backward: x where lora_A requires grad, S = drop(x) Aᵀ (M, R) where lora_B or rank_scale does, weight, A, B and the seed;
+        no mask.   Deterministic: yes.
     """
     direct = _backend.direct(x)
     if direct is not None:

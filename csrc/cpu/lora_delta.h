@@ -46,6 +46,9 @@ Group group_of_one(const char* op, const at::Tensor& A, const at::Tensor& B,
                    const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p, int64_t threshold,
                    const std::optional<at::Tensor>& seed);
 
+// Raises unless x is (M, K), M, K >= 1, in a dtype that has kernels.
+void check_tokens(const Where& where, const at::Tensor& x);
+
 // Raises unless the rate is one and every module has a seed where there is dropout.
 void check_dropout(const Group& group);
 
@@ -54,6 +57,7 @@ void check_dropout(const Group& group);
 at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const OptionalTensors& biases,
                             const at::Tensor& x, const Group& group);
 
+// dA needs x; dB and dE need S. dx needs neither.
 struct Wanted {
   bool dA, dB, dE;
 };
@@ -65,16 +69,17 @@ struct DeltaGradients {
   OptionalTensors dAs, dBs, dEs;
 };
 
-DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor& x, const at::Tensor& S,
-                                    const Group& group, bool need_dx, const std::vector<Wanted>& wanted);
+DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const std::optional<at::Tensor>& x,
+                                    const std::optional<at::Tensor>& S, const Group& group, bool need_dx,
+                                    const std::vector<Wanted>& wanted);
 
 // The whole layers: the y_i and S, and the gradients with dx = Σ dy_i W_i + …
 std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Tensor& x,
                                                                    const std::vector<at::Tensor>& weights,
                                                                    const OptionalTensors& biases, const Group& group);
 
-GroupGradients lora_group_gradients(const OptionalTensors& dys, const at::Tensor& x,
-                                    const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
-                                    bool need_dx, const std::vector<Wanted>& wanted);
+GroupGradients lora_group_gradients(const OptionalTensors& dys, const std::optional<at::Tensor>& x,
+                                    const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& S,
+                                    const Group& group, bool need_dx, const std::vector<Wanted>& wanted);
 
 }  // namespace adaptlora

@@ -93,17 +93,15 @@ class TileSource {
   bool direct_;
 };
 
-void check_adapter(const Where& where, const at::Tensor& x, int64_t N, const Adapter& adapter, bool rank_zero) {
+void check_adapter(const Where& where, int64_t K, int64_t N, const Adapter& adapter, bool rank_zero) {
   const auto& [A, B, rank_scale, scaling, seed] = adapter;
-  TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(1) >= 1, where, ": x must have shape (M, K), M, K >= 1, got ",
-              x.sizes());
-  const int64_t K = x.size(1), least = rank_zero ? 0 : 1;
+  const int64_t least = rank_zero ? 0 : 1;
   TORCH_CHECK(A.dim() == 2 && A.size(1) == K && A.size(0) >= least && A.size(0) <= kMaxRank, where,
               ": A must have shape (R, K) with ", least, " <= R <= ", kMaxRank, " and K=", K, ", got ", A.sizes());
   const int64_t R = A.size(0);
   TORCH_CHECK(B.dim() == 2 && B.size(0) == N && B.size(1) == R, where, ": B must have shape (N, R) = (", N, ", ", R,
               "), got ", B.sizes());
-  const std::pair<const char*, const at::Tensor*> operands[] = {{"x", &x}, {"A", &A}, {"B", &B}};
+  const std::pair<const char*, const at::Tensor*> operands[] = {{"A", &A}, {"B", &B}};
   for (const auto& [name, t] : operands) {
     TORCH_CHECK(is_supported(*t), where, ": ", name, " must be a dense float32, bfloat16 or float16 CPU tensor, got ",
                 t->scalar_type(), " on ", t->device());
@@ -197,6 +195,13 @@ Group group_of_one(const char* op, const at::Tensor& A, const at::Tensor& B,
   return {op, false, {{A, B, rank_scale, scaling, number}}, dropout_p, threshold};
 }
 
+void check_tokens(const Where& where, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(1) >= 1, where, ": x must have shape (M, K), M, K >= 1, got ",
+              x.sizes());
+  TORCH_CHECK(is_supported(x), where, ": x must be a dense float32, bfloat16 or float16 CPU tensor, got ",
+              x.scalar_type(), " on ", x.device());
+}
+
 void check_dropout(const Group& group) {
   TORCH_CHECK(group.dropout_p >= 0 && group.dropout_p < 1, group.op, ": dropout_p must be in [0, 1), got ",
               group.dropout_p);
@@ -211,7 +216,8 @@ at::Tensor lora_expand_into(const std::vector<at::Tensor>& ys, bool add, const O
                             const at::Tensor& x, const Group& group) {
   check_dropout(group);
   for (size_t i = 0; i < ys.size(); ++i) {
-    check_adapter(group.where(i), x, ys[i].size(1), group.modules[i], group.grouped);
+    check_tokens(group.where(i), x);
+    check_adapter(group.where(i), x.size(1), ys[i].size(1), group.modules[i], group.grouped);
   }
   const int64_t M = x.size(0), K = x.size(1), R_all = total_rank(group);
   std::vector<ForwardModule> modules;
@@ -293,32 +299,42 @@ struct BackwardModule {
 
 }  // namespace
 
-DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor& x, const at::Tensor& S,
-                                    const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
+DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const std::optional<at::Tensor>& x,
+                                    const std::optional<at::Tensor>& S, const Group& group, bool need_dx,
+                                    const std::vector<Wanted>& wanted) {
   check_dropout(group);
   const size_t n_modules = group.modules.size();
   DeltaGradients out{at::Tensor(), OptionalTensors(n_modules), OptionalTensors(n_modules), OptionalTensors(n_modules)};
-  bool any_dy = false;
+  const auto first = std::find_if(dys.begin(), dys.end(), [](const auto& dy) { return dy.has_value(); });
+  if (first == dys.end()) return out;
+  const auto first_index = static_cast<size_t>(first - dys.begin());
+  if (x.has_value()) check_tokens(group.where(first_index), *x);
+  const at::Tensor& first_A = group.modules[first_index].A;
+  const at::Tensor& like = x.has_value() ? *x : **first;
+  const int64_t M = like.dim() == 2 ? like.size(0) : 0;
+  const int64_t K = x.has_value() ? x->size(1) : first_A.dim() == 2 ? first_A.size(1) : 0;
+  const int64_t R_all = total_rank(group);
+  bool any_dA = false;
   for (size_t i = 0; i < n_modules; ++i) {
     if (!dys[i].has_value()) continue;
     const Where where = group.where(i);
     const at::Tensor& dy = *dys[i];
-    TORCH_CHECK(is_supported(dy) && dy.scalar_type() == x.scalar_type() && dy.dim() == 2, where, ": dy must be ",
-                x.scalar_type(), " of shape (M, N) on the CPU, got ", dy.scalar_type(), " ", dy.sizes());
-    check_adapter(where, x, dy.size(1), group.modules[i], group.grouped);
-    TORCH_CHECK(x.size(0) == dy.size(0), where, ": x must have as many rows as dy, M=", dy.size(0), ", got ",
-                x.sizes());
+    TORCH_CHECK(is_supported(dy) && dy.scalar_type() == like.scalar_type() && dy.dim() == 2 && dy.size(0) == M && M > 0,
+                where, ": dy must be ", like.scalar_type(), " of shape (M, N) with M=", M, " > 0 rows on the CPU, got ",
+                dy.scalar_type(), " ", dy.sizes());
+    check_adapter(where, K, dy.size(1), group.modules[i], group.grouped);
     TORCH_CHECK(!wanted[i].dE || group.modules[i].rank_scale.has_value(), where,
                 ": rank_scale must be given when need_dE, got None");
-    any_dy = true;
+    TORCH_CHECK(!wanted[i].dA || x.has_value(), where, ": x must be given when need_dA, got None");
+    TORCH_CHECK(!(wanted[i].dB || wanted[i].dE) || S.has_value(), where,
+                ": S must be given when need_dB or need_dE, got None");
+    any_dA = any_dA || wanted[i].dA;
   }
-  if (!any_dy) return out;
-  const int64_t M = x.size(0), K = x.size(1), R_all = total_rank(group);
-  TORCH_CHECK(S.device().is_cpu() && S.scalar_type() == at::kFloat && S.dim() == 2 && S.size(0) == M &&
-                  S.size(1) == R_all,
+  TORCH_CHECK(!S.has_value() || (S->device().is_cpu() && S->scalar_type() == at::kFloat && S->dim() == 2 &&
+                                 S->size(0) == M && S->size(1) == R_all),
               group.op, ": S must be float32 of shape (M, R) = (", M, ", ", R_all, ") on the CPU, got ",
-              S.scalar_type(), " ", S.sizes());
-  const at::Tensor S_rows = S.contiguous();
+              S->scalar_type(), " ", S->sizes());
+  const at::Tensor S_rows = S.has_value() ? S->contiguous() : at::Tensor();
 
   std::vector<BackwardModule> modules;
   modules.reserve(n_modules);
@@ -337,14 +353,14 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
     const bool make_G = wanted[i].dB || wanted[i].dE, make_dS = need_dx || wanted[i].dA;
     if (!make_G && !make_dS) continue;
     const int64_t N = dys[i]->size(1);
-    modules.push_back({i, R, N, S_rows.const_data_ptr<float>() + first_column, TileSource(*dys[i]),
+    modules.push_back({i, R, N, make_G ? S_rows.const_data_ptr<float>() + first_column : nullptr, TileSource(*dys[i]),
                        need_dx ? pack(adapter.A) : Packed{}, make_dS ? pack(adapter.B, true) : Packed{},
                        rank_factors(adapter), dropout_of(group, adapter), wanted[i], make_G, make_dS, dS_columns,
                        {}, {}});
     dS_columns += make_dS ? R : 0;
     part_size += R * ((make_G ? padded_stride(N) : 0) + (wanted[i].dA ? padded_stride(K) : 0));
   }
-  if (need_dx) out.dx = dS_columns ? at::empty({M, K}, x.options()) : at::zeros({M, K}, x.options());
+  if (need_dx) out.dx = dS_columns ? at::empty({M, K}, like.options()) : at::zeros({M, K}, like.options());
   if (modules.empty()) return out;
 
   // One chunk of consecutive tiles per thread, each with partial sums of its own: the order of sums depends on the number
@@ -360,21 +376,21 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
   }
 
   auto* dx_data = need_dx ? static_cast<char*>(out.dx.mutable_data_ptr()) : nullptr;
-  const int64_t element_size = x.element_size(), S_stride = R_all;
-  const TileSource x_tiles(x);
-  const Dtype dtype = dtype_of(x);
+  const int64_t element_size = like.element_size(), S_stride = R_all;
+  const std::optional<TileSource> x_tiles = any_dA ? std::optional<TileSource>(*x) : std::nullopt;
+  const Dtype dtype = dtype_of(like);
   const float kept = kept_scale(group);
   const Kernels& kernel = kernels();
 
   const auto read_dy = [&](const BackwardModule& module, int64_t chunk, int64_t m0, int64_t rows, Workspace& ws) {
-    // The kernels do not write through S.
-    const RankRows S_tile = {const_cast<float*>(module.S) + m0 * S_stride, S_stride};
     const RankRows dS = {ws.S.data() + module.first_dS, dS_columns};
     for (int64_t n0 = 0; n0 < module.N; n0 += kTileCols) {
       const int64_t cols = std::min(kTileCols, module.N - n0);
       const Rows dy = module.dy.plain(m0, n0, rows, cols, ws);
       if (module.make_dS) kernel.shrink(dy, rows, cols, module.B.data + n0, module.B.stride, module.R, dS);
       if (module.make_G) {
+        // The kernels do not write through S.
+        const RankRows S_tile = {const_cast<float*>(module.S) + m0 * S_stride, S_stride};
         kernel.accumulate(S_tile, dy, rows, cols, module.R, module.G.chunk(chunk) + n0, module.G.stride());
       }
     }
@@ -392,8 +408,8 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
         const RankRows dS = {ws.S.data() + module.first_dS, dS_columns};
         if (module.wanted.dA) {
           const Rows dropped = module.dropout
-                                   ? x_tiles.dropped(*module.dropout, m0, k0, rows, cols, need_dx, ws)
-                                   : x_tiles.plain(m0, k0, rows, cols, ws);
+                                   ? x_tiles->dropped(*module.dropout, m0, k0, rows, cols, need_dx, ws)
+                                   : x_tiles->plain(m0, k0, rows, cols, ws);
           kernel.accumulate(dS, dropped, rows, cols, module.R, module.dA.chunk(chunk) + k0, module.dA.stride());
         } else if (module.dropout) {
           kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
@@ -418,7 +434,7 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const at::Tensor
       for (int64_t t = c * tiles_per_chunk; t < last; ++t) {
         const int64_t m0 = t * kTileRows, rows = std::min(kTileRows, M - m0);
         std::fill(ws.S.begin(), ws.S.end(), 0.0f);
-        if (dS_columns > 0) x_tiles.prefetch(m0, 0, rows, std::min(kTileCols, K));
+        if (x_tiles) x_tiles->prefetch(m0, 0, rows, std::min(kTileCols, K));
         for (const BackwardModule& module : modules) read_dy(module, c, m0, rows, ws);
         if (dS_columns > 0) write_dx_and_dA(c, m0, rows, ws);
       }
@@ -455,10 +471,11 @@ at::Tensor lora_delta_cpu(const at::Tensor& y, const at::Tensor& x, const at::Te
   return S;
 }
 
-Gradients lora_delta_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& S, const at::Tensor& A,
-                                  const at::Tensor& B, const std::optional<at::Tensor>& rank_scale, double scaling,
-                                  double dropout_p, int64_t threshold, const std::optional<at::Tensor>& seed,
-                                  bool need_dx, bool need_dA, bool need_dB, bool need_dE) {
+Gradients lora_delta_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                  const std::optional<at::Tensor>& S, const at::Tensor& A, const at::Tensor& B,
+                                  const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
+                                  int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
+                                  bool need_dB, bool need_dE) {
   const PlainDispatch plain;
   const Group group =
       group_of_one("lora_delta_backward", A, B, rank_scale, scaling, dropout_p, threshold, seed);

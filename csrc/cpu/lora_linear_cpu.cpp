@@ -7,10 +7,8 @@
 namespace adaptlora {
 namespace {
 
+// For a weight that multiplies x, or makes a dx.
 void check_weight(const Where& where, const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(is_supported(x) && x.dim() == 2, where,
-              ": x must be a dense float32, bfloat16 or float16 CPU tensor of shape (M, K), got ", x.scalar_type(), " ",
-              x.sizes(), " on ", x.device());
   TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) == x.size(1), where,
               ": weight must have shape (N, K) with N >= 1 and K=", x.size(1), " (x.shape[1]), got ", weight.sizes());
   TORCH_CHECK(is_supported(weight) && weight.scalar_type() == x.scalar_type(), where,
@@ -51,6 +49,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Ten
                                                                    const std::vector<at::Tensor>& weights,
                                                                    const OptionalTensors& biases, const Group& group) {
   for (size_t i = 0; i < weights.size(); ++i) {
+    check_tokens(group.where(i), x);
     check_weight(group.where(i), x, weights[i]);
     if (biases[i].has_value()) check_bias(group.where(i), x, *biases[i], weights[i].size(0));
   }
@@ -61,12 +60,12 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_forward(const at::Ten
   return {ys, S};
 }
 
-GroupGradients lora_group_gradients(const OptionalTensors& dys, const at::Tensor& x,
-                                    const std::vector<at::Tensor>& weights, const at::Tensor& S, const Group& group,
-                                    bool need_dx, const std::vector<Wanted>& wanted) {
-  for (size_t i = 0; i < weights.size(); ++i) check_weight(group.where(i), x, weights[i]);
+GroupGradients lora_group_gradients(const OptionalTensors& dys, const std::optional<at::Tensor>& x,
+                                    const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& S,
+                                    const Group& group, bool need_dx, const std::vector<Wanted>& wanted) {
   auto [dx, dAs, dBs, dEs] = lora_delta_gradients(dys, x, S, group, need_dx, wanted);
   if (!dx.defined()) return {std::nullopt, dAs, dBs, dEs};
+  for (size_t i = 0; i < weights.size(); ++i) check_weight(group.where(i), dx, weights[i]);
   for (size_t i = 0; i < weights.size(); ++i) {
     if (dys[i].has_value()) dx.addmm_(*dys[i], weights[i]);
   }
@@ -84,8 +83,8 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
   return {ys[0], S};
 }
 
-Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                   const at::Tensor& S, const at::Tensor& A, const at::Tensor& B,
+Gradients lora_linear_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& weight,
+                                   const std::optional<at::Tensor>& S, const at::Tensor& A, const at::Tensor& B,
                                    const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
                                    int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
                                    bool need_dB, bool need_dE) {
@@ -107,8 +106,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_cpu(
   return lora_group_forward(x, weights, biases, group);
 }
 
-GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const at::Tensor& x,
-                                       const std::vector<at::Tensor>& weights, const at::Tensor& S,
+GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const std::optional<at::Tensor>& x,
+                                       const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& S,
                                        const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs,
                                        const OptionalTensors& rank_scales, const std::vector<double>& scalings,
                                        double dropout_p, int64_t threshold, const OptionalSeeds& seeds, bool need_dx,

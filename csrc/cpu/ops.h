@@ -18,14 +18,14 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_cpu(const at::Tensor& x, const at
                                                    double scaling, double dropout_p, int64_t threshold,
                                                    const std::optional<at::Tensor>& seed);
 
-// (dx, dA, dB, dE), each None unless asked for.
+// (dx, dA, dB, dE), each None unless asked for. x is read for dA alone, S for dB and dE: without those they may be None.
 using Gradients = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
                              std::optional<at::Tensor>>;
 
 // dx (M, K) = dy W + mask ∘ (dS A) / (1 - p), dtype of dy;  dA (R, K) = dSᵀ drop(x), dtype of A;  dB = G ∘ e, dtype of B,
 // (N, R) with strides (1, N);  dE (R) = scaling · Σ_n G B, dtype of E;  dS = (dy B) ∘ e,  G (N, R) = dyᵀ S.
-Gradients lora_linear_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                   const at::Tensor& S, const at::Tensor& A, const at::Tensor& B,
+Gradients lora_linear_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& x, const at::Tensor& weight,
+                                   const std::optional<at::Tensor>& S, const at::Tensor& A, const at::Tensor& B,
                                    const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
                                    int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
                                    bool need_dB, bool need_dE);
@@ -44,8 +44,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> lora_group_cpu(
 using GroupGradients = std::tuple<std::optional<at::Tensor>, OptionalTensors, OptionalTensors, OptionalTensors>;
 
 // dx is the sum over the modules. dys: None for a module whose y nothing depends on; all its gradients are None then.
-GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const at::Tensor& x,
-                                       const std::vector<at::Tensor>& weights, const at::Tensor& S,
+GroupGradients lora_group_backward_cpu(const OptionalTensors& dys, const std::optional<at::Tensor>& x,
+                                       const std::vector<at::Tensor>& weights, const std::optional<at::Tensor>& S,
                                        const std::vector<at::Tensor>& As, const std::vector<at::Tensor>& Bs,
                                        const OptionalTensors& rank_scales, const std::vector<double>& scalings,
                                        double dropout_p, int64_t threshold, const OptionalSeeds& seeds, bool need_dx,
@@ -58,10 +58,11 @@ at::Tensor lora_delta_cpu(const at::Tensor& y, const at::Tensor& x, const at::Te
                           int64_t threshold, const std::optional<at::Tensor>& seed);
 
 // As lora_linear_backward without dy W.
-Gradients lora_delta_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& S, const at::Tensor& A,
-                                  const at::Tensor& B, const std::optional<at::Tensor>& rank_scale, double scaling,
-                                  double dropout_p, int64_t threshold, const std::optional<at::Tensor>& seed,
-                                  bool need_dx, bool need_dA, bool need_dB, bool need_dE);
+Gradients lora_delta_backward_cpu(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                  const std::optional<at::Tensor>& S, const at::Tensor& A, const at::Tensor& B,
+                                  const std::optional<at::Tensor>& rank_scale, double scaling, double dropout_p,
+                                  int64_t threshold, const std::optional<at::Tensor>& seed, bool need_dx, bool need_dA,
+                                  bool need_dB, bool need_dE);
 
 // keep (M, K) bool: which elements the dropout of this seed keeps.
 at::Tensor dropout_keep_cpu(const at::Tensor& seed, int64_t M, int64_t K, int64_t threshold);
