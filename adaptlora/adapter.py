@@ -214,8 +214,12 @@ class Adapter(AdapterContents):
     # Training
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that trains: the factors, then the modules_to_save.  Parameters stay the same objects as ranks change."""
-        return self.factors() + [p for module in self.saved.values() for p in module.parameters()]
+        """
+        Everything that trains: the factors but for those that are frozen, as freeze_A freezes lora_A, then the modules_to_save.
+        Parameters stay the same objects as ranks change.
+        """
+        trained = [factor for factor in self.factors() if factor.requires_grad]
+        return trained + [p for module in self.saved.values() for p in module.parameters()]
 
     def factors(self) -> list[nn.Parameter]:
         """lora_A and lora_B of every module, and lora_E of AdaLoRA's."""
@@ -398,8 +402,8 @@ class Adapter(AdapterContents):
 
     def _tracked_optimizers(self) -> list[torch.optim.Optimizer]:
         """
-        Those tracked, seen to hold every factor and no state that could not follow a rank change. Seen once: again only when another
-        optimizer is tracked or one has other parameters or state than it had.
+        Those tracked, seen to hold every factor that trains and no state that could not follow a rank change. Seen once: again only when
+        another optimizer is tracked or one has other parameters or state than it had.
         """
         optimizers = list(self._watched)
         seen = {(id(o), len(o.state), *(len(group["params"]) for group in o.param_groups)) for o in optimizers}
@@ -407,7 +411,8 @@ class Adapter(AdapterContents):
             held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
             for name, layer in self.layers.items():
                 for factor in layer.pair.factor_names:
-                    if id(getattr(layer.pair, factor)) not in held:
+                    parameter = getattr(layer.pair, factor)
+                    if parameter.requires_grad and id(parameter) not in held:
                         raise ValueError(
                             f"step: the optimizer must be tracked before ranks change (adapter.track(optimizer)), "
                             f"got none for {name}.{factor}"

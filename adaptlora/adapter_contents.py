@@ -91,7 +91,7 @@ class AdapterContents:
             if any(is_sharded(tensor) for tensor in module.state_dict().values()):
                 raise ValueError(
                     f"save: modules_to_save must be whole in every process, and FSDP shards {name} (fully_shard with "
-                    "ignored_params=set(adapter.parameters()) leaves them out)"
+                    "ignored_params={*adapter.factors(), *adapter.parameters()} leaves them out)"
                 )
         if pad is not False and format != "vllm":
             raise ValueError(f'save: pad must be False unless format is "vllm", got {pad!r} for {format!r}')

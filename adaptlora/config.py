@@ -58,6 +58,7 @@ class LoraConfig:
         init_lora_weights: "kaiming": A ~ U(−1/√K, 1/√K), B = 0. "pissa", "milora": scaling · B A = the r leading, or trailing, singular
             triplets of W, √σ in each factor, taken out of the base weight, so that the model's output is unchanged: W − scaling · B A is
             frozen. r is the active rank at the start, 1 for La-LoRA.          [PiSSA, arXiv:2404.02948; MiLoRA, arXiv:2406.09044]
+        freeze_A: lora_A does not train; no layer then keeps its x for the backward pass, only S = drop(x) Aᵀ.   [LoRA-FA, arXiv:2308.03303]
         keep_original: keep base weights as they were beside those that were rewritten, so that `detach` is exact; False saves their
             memory, and `detach` adds what was taken out back with a rounding error.
         seed: of the factors' initial values; torch's own generator is left alone.
@@ -78,6 +79,7 @@ class LoraConfig:
     layers_pattern: str | list[str] | None = None
     bias: str = "none"
     init_lora_weights: str = "kaiming"
+    freeze_A: bool = False
     keep_original: bool = True
     seed: int = 0
 
@@ -103,7 +105,8 @@ class LoraConfig:
         _require(isinstance(self.lora_bias, bool), self, "lora_bias", "must be True or False")
         _require(self.bias == "none", self, "bias", 'must be "none"')
         _require(self.init_lora_weights in _INITS, self, "init_lora_weights", f"must be one of {', '.join(_INITS)}")
-        _require(isinstance(self.keep_original, bool), self, "keep_original", "must be True or False")
+        for field in ("freeze_A", "keep_original"):
+            _require(isinstance(getattr(self, field), bool), self, field, "must be True or False")
         _require(_is_int(self.seed), self, "seed", "must be an integer")
         _require(
             not isinstance(self.modules_to_save, str),
@@ -320,6 +323,9 @@ class AdaLoRAConfig(LoraConfig):
         super().__post_init__()
         _require(not self.lora_bias, self, "lora_bias", "must be False: triplets have none in PEFT's AdaLoRA")
         _require(self.use_rslora is False, self, "use_rslora", "must be False: AdaLoRA scales by lora_alpha / init_r")
+        _require(
+            not self.freeze_A, self, "freeze_A", "must be False: a triplet's importance is made of A's gradients too"
+        )
         _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
         for field in ("tinit", "tfinal"):
             value = getattr(self, field)
@@ -366,6 +372,12 @@ class NoRAConfig(LoraConfig):
     def __post_init__(self):
         super().__post_init__()
         _require(not self.lora_bias, self, "lora_bias", "must be False: the inner pair has none")
+        _require(
+            not self.freeze_A,
+            self,
+            "freeze_A",
+            "must be False: A is frozen outside of the inner pair, and trains in it",
+        )
         _require(_is_int(self.r_out) and self.r_out >= self.r, self, "r_out", f"must be an integer ≥ r={self.r}")
         inits = ("sigma", "kaiming", "orthogonal")
         _require(self.inner_init in inits, self, "inner_init", f"must be one of {', '.join(inits)}")

@@ -58,7 +58,7 @@ class TrainingState:
 
     def _others(self) -> dict[str, torch.Tensor]:
         """What `Adapter.state_dict` does not hold, by name."""
-        own = {id(p) for p in self.adapter.parameters()}
+        own = {id(p) for p in (*self.adapter.factors(), *self.adapter.parameters())}
         others = {name: p.detach() for name, p in self.parameters.items() if id(p) not in own}
         if not self.own:
             return others

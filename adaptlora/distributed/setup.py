@@ -134,7 +134,7 @@ def _trained(adapter, root: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(factor.data, DTensor):
             raise ValueError(
                 f"distribute: the adapter's factors must not be sharded, got a DTensor for {names.get(id(factor))}: pass "
-                "ignored_params=set(adapter.parameters()) to fully_shard"
+                "ignored_params=set(adapter.factors()) to fully_shard"
             )
         if id(factor) not in held:
             raise ValueError(

@@ -79,6 +79,7 @@ class Method:
                 dropout_p=config.lora_dropout,
                 generator=generator,
             )
+            layers[name].lora_A.requires_grad_(not config.freeze_A)
             if starts:
                 layers[name].start_at(*starts.pop(name), keep_original=config.keep_original)
         return layers
@@ -91,7 +92,8 @@ class Method:
     @classmethod
     def parameters(cls, config, name: str, module: nn.Module) -> int:
         """Numbers that train in one module at its largest rank."""
-        return cls.rank_and_scaling(config, name)[0] * sum(linear_shape(module))
+        K, N = linear_shape(module)
+        return cls.rank_and_scaling(config, name)[0] * (N if config.freeze_A else K + N)
 
     @staticmethod
     def first_rank(config, r: int) -> int:

@@ -68,6 +68,12 @@ def allocate(contributions: list[float], budget: float, caps: list[int], tempera
     return ranks
 
 
+def _gradient(pair, factor: str) -> torch.Tensor | None:
+    """Zeros for a factor that is frozen."""
+    parameter = getattr(pair, factor)
+    return parameter.grad if parameter.requires_grad else parameter.new_zeros(()).expand(parameter.shape)
+
+
 class LaLoRA(Method):
     """The method while it trains.  Raises: ValueError (modules of one group with different largest ranks)."""
 
@@ -155,12 +161,12 @@ class LaLoRA(Method):
         """
         if self.config.contribution != "fisher" or self.final or self._read_at == self.t:
             return
-        used = [i for i, pair in enumerate(self.pairs) if None not in (pair.lora_A.grad, pair.lora_B.grad)]
+        used = [i for i, pair in enumerate(self.pairs) if all(_gradient(pair, f) is not None for f in FACTORS)]
         if not used:
             return
         self._read_at = self.t
         with torch.no_grad():
-            grads = [[getattr(self.pairs[i], f).grad for i in used] for f in FACTORS]
+            grads = [[_gradient(self.pairs[i], f) for i in used] for f in FACTORS]
             sums = torch.stack([torch.cat(norms).double().square() for norms in rank_norms(*grads)]).sum(0)
             owners = self._group_of[used].repeat_interleave(
                 torch.tensor([self.pairs[i].rank for i in used], device="cpu")

@@ -139,16 +139,18 @@ class NormAL(Method):
         return self._ranks()
 
     def _shrink(self, optimizers) -> None:
-        """The proximal step of lr · η_p · P; each factor has the learning rate of its parameter group."""
+        """The proximal step of lr · η_p · P; each factor has the learning rate of its parameter group, one that is frozen 0."""
         rates = {
             p: float(group["lr"])
             for optimizer in optimizers
             for group in optimizer.param_groups
             for p in group["params"]
+            if p.requires_grad
         }
         by_rates: dict[tuple[float, float], tuple[list, list]] = {}
         for layer in self.layers.values():
-            lora_As, lora_Bs = by_rates.setdefault((rates[layer.lora_A], rates[layer.lora_B]), ([], []))
+            own = tuple(rates[p] if p.requires_grad else 0.0 for p in (layer.lora_A, layer.lora_B))
+            lora_As, lora_Bs = by_rates.setdefault(own, ([], []))
             lora_As.append(layer.lora_A)
             lora_Bs.append(layer.lora_B)
         for (rate_A, rate_B), (lora_As, lora_Bs) in by_rates.items():
