@@ -11,6 +11,7 @@ import torch
 from . import adapter_folder, nora_files
 from .config import LoraConfig
 from .lora_files import peft, peft_config
+from .lora_files.base import check_numbers
 from .nora_files import check_finite
 
 __all__ = ["StoredAdapter", "check_factors", "check_fits", "check_pair", "check_saved", "read", "write"]
@@ -36,15 +37,29 @@ def check_factors(op: str, name: str, factors: dict[str, torch.Tensor], layer) -
         raise ValueError(f"{op}: {name}: lora_E must have shape {expected}, got {tuple(factors['lora_E'].shape)}")
 
 
+def check_bias(op: str, name: str, bias: torch.Tensor, layer) -> None:
+    """lora_bias (N,) for the N of `layer`.  Raises: ValueError."""
+    if tuple(bias.shape) != (layer.out_features,):
+        raise ValueError(f"{op}: {name}: lora_bias must have shape ({layer.out_features},), got {tuple(bias.shape)}")
+
+
 @dataclasses.dataclass
 class StoredAdapter:
-    """A PEFT adapter folder, read and checked. factors: {module: (A (R, K), B (N, R))}; saved: {module: {name: tensor}}."""
+    """
+    A PEFT adapter, read and checked.
 
-    path: Path
+    Attributes:
+        factors: {module: (A (R, K), B (N, R))}.   biases: {module: (N,)}, of all of them if the configuration has lora_bias.
+        saved: {module trained whole: {name: tensor}}.   bases: {name in the model: tensor}, of the base, where PEFT stores such as well.
+    """
+
+    path: Path | str
     config: dict
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     scalings: dict[str, float]
     saved: dict[str, dict[str, torch.Tensor]]
+    biases: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    bases: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def scaling(self, name: str) -> float:
         """lora_alpha / r of the module, or / √r for rsLoRA."""
@@ -67,6 +82,7 @@ class StoredAdapter:
                 if A.shape[0] != self.config["r"]
             },
             use_rslora=bool(self.config.get("use_rslora")),
+            lora_bias=bool(self.config.get("lora_bias")),
         )
 
 
@@ -81,6 +97,13 @@ def check_fits(stored, adapter) -> None:
         if name not in adapter.layers:
             raise ValueError(f"{op}: its modules must be adapted modules of the model, got {name!r}")
         check_pair(op, name, lora_A, lora_B, adapter.layers[name])
+        if not nested and (name in stored.biases) != adapter.config.lora_bias:
+            got = "one" if name in stored.biases else "none"
+            raise ValueError(
+                f"{op}: {name} must have a bias of lora_B if lora_bias is True, here {adapter.config.lora_bias}, got {got}"
+            )
+    if not nested:
+        _check_bases(op, stored.bases, adapter)
     if nested:
         for name, layer in adapter.layers.items():
             stored.outer.check_weight(name, layer.weight_checksum)
@@ -93,6 +116,21 @@ def check_fits(stored, adapter) -> None:
                     f"{op}: what was taken out of the base of {name} must be of (rank, scaling) {layer.residual}, got {residual}"
                 )
     check_saved(op, stored.saved, adapter.saved)
+
+
+def _check_bases(op: str, bases: dict[str, torch.Tensor], adapter) -> None:
+    """What PEFT stores of the base must be what the model has.  Raises: ValueError."""
+    own = adapter.base_state_dict() if bases else {}
+    for name, tensor in bases.items():
+        if name not in own:
+            raise ValueError(
+                f"{op}: tensors must be lora_A, lora_B or belong to modules_to_save, or be the base model's own, got {name!r}"
+            )
+        if own[name].shape != tensor.shape or not torch.equal(own[name].cpu().to(tensor.dtype), tensor):
+            raise ValueError(
+                f"{op}: {name} of the file must be the base model's own, as it is not trained, got other values or another shape "
+                f"{tuple(tensor.shape)} (of a model with other embeddings, or resized ones: give the model these first)"
+            )
 
 
 def check_saved(op: str, found: dict[str, dict], modules: dict[str, torch.nn.Module]) -> None:
@@ -117,31 +155,37 @@ def read(path) -> "StoredAdapter | nora_files.StoredNoRA":
     if nested:
         return nora_files.parse(path, *found)
     file = peft.parse(path, "load", *found)
-    weights = file.path / peft.WEIGHTS_FILE
-    if file.config.get("lora_bias"):
-        raise ValueError(
-            f"load: {file.path / peft.CONFIG_FILE}: lora_bias is not supported (lora_B has a bias), got True"
-        )
-    factor_keys = {key for keys in file.keys.values() for key in keys.values()}
     saved: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in file.tensors.items():
-        if key not in factor_keys:
-            name = key.removeprefix(peft.KEY_PREFIX)
-            module, parameter = _saved_key(weights, name, file.config.get("modules_to_save") or ())
-            saved.setdefault(module, {})[parameter] = tensor
-    factors = {name: (module.lora_A, module.lora_B) for name, module in file.modules.items()}
+    bases = {}
+    for key in file.others():
+        name, tensor = key.removeprefix(peft.KEY_PREFIX), file.tensors[key]
+        if tensor.is_floating_point():
+            check_numbers("load", file.path / peft.WEIGHTS_FILE, name, tensor)
+        place = _saved_place(name, file.config.get("modules_to_save") or ())
+        if place is None:
+            bases[name.replace(".base_layer.", ".")] = tensor
+        else:
+            saved.setdefault(place[0], {})[place[1]] = tensor
+    modules = file.modules
     return StoredAdapter(
-        file.path, file.config, factors, {name: module.scaling for name, module in file.modules.items()}, saved
+        file.path,
+        file.config,
+        {name: (module.lora_A, module.lora_B) for name, module in modules.items()},
+        {name: module.scaling for name, module in modules.items()},
+        saved,
+        {name: module.bias for name, module in modules.items() if module.bias is not None},
+        bases,
     )
 
 
-def _saved_key(file: Path, name: str, modules_to_save) -> tuple[str, str]:
-    """(module, parameter) of a tensor that belongs to one of modules_to_save."""
-    for entry in modules_to_save:
-        found = re.fullmatch(rf"(?P<module>(.+\.)?{re.escape(entry)})\.(?P<parameter>.+)", name)
-        if found:
-            return found["module"], found["parameter"]
-    raise ValueError(f"load: {file}: tensors must be lora_A, lora_B or belong to modules_to_save, got {name!r}")
+def _saved_place(name: str, modules_to_save) -> tuple[str, str] | None:
+    """(module, parameter) of a tensor that belongs to one of modules_to_save, by PEFT's rule; None for another one."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        module = ".".join(parts[:end])
+        if any(module.endswith(entry) for entry in modules_to_save):
+            return module, ".".join(parts[end:])
+    return None
 
 
 def peft_description(adapter, ranks: dict[str, int]) -> dict:
@@ -169,6 +213,7 @@ def peft_description(adapter, ranks: dict[str, int]) -> dict:
         "rank_pattern": peft_config.pattern({name: rank for name, rank in ranks.items() if rank != r}, ranks),
         "alpha_pattern": peft_config.pattern(alphas, ranks),
         "use_rslora": config.use_rslora,
+        "lora_bias": config.lora_bias,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers.values()),
         "bias": config.bias,
         "init_lora_weights": True,
@@ -198,6 +243,11 @@ def write(adapter, path, *, fold_residual: bool = True) -> None:
     factors = plain_factors(adapter, fold_residual=fold_residual)
     config = peft_description(adapter, {name: lora_A.shape[0] for name, (lora_A, _) in factors.items()})
     tensors = peft.factor_tensors(factors)
+    tensors |= {
+        f"{peft.KEY_PREFIX}{name}.lora_B.bias": adapter.layers[name].lora_bias
+        for name in factors
+        if config["lora_bias"]
+    }
     for name, module in adapter.saved.items():
         tensors |= {f"{peft.KEY_PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     tensors = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
@@ -208,7 +258,8 @@ def write(adapter, path, *, fold_residual: bool = True) -> None:
 
 def plain_factors(adapter, *, fold_residual: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
-    {module: (A (R, K), B (N, R))} of a plain LoRA that adds what the adapter adds, scaling · B A; modules of rank 0 are left out.
+    {module: (A (R, K), B (N, R))} of a plain LoRA that adds what the adapter adds, scaling · B A; modules of rank 0 are left out, but
+    for those with a lora_bias that is not zero, which get a vector of zeros to go with it.
 
     Args: fold_residual: what was taken out of the base, as r more rank vectors.
     """
@@ -218,6 +269,8 @@ def plain_factors(adapter, *, fold_residual: bool) -> dict[str, tuple[torch.Tens
         residual = layer.residual_factors() if fold_residual else None
         if residual is not None:
             lora_A, lora_B = torch.cat([lora_A, residual[0]]), torch.cat([lora_B, -residual[1]], dim=1)
+        if not lora_A.shape[0] and layer.lora_bias is not None and layer.lora_bias.any():
+            lora_A, lora_B = lora_A.new_zeros(1, lora_A.shape[1]), lora_B.new_zeros(len(lora_B), 1)
         if lora_A.shape[0]:
             factors[name] = lora_A, lora_B
     return factors

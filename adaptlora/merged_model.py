@@ -81,11 +81,12 @@ def _merged_copy(adapter) -> nn.Module:
     model = adapter.model
     memo = {id(tensor): tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
     for name, layer in adapter.layers.items():
-        merged = layer.merged_weight()
-        if not merged.isfinite().all():
-            raise ValueError(f"save: {name}.weight must be finite in {merged.dtype} once merged, got an overflow")
-        plain = copy.copy(layer.base_layer)
-        plain._parameters = {**plain._parameters, "weight": nn.Parameter(merged, requires_grad=False)}
+        plain, merged = copy.copy(layer.base_layer), layer.merged_parameters()
+        for key, values in merged.items():
+            if not values.isfinite().all():
+                raise ValueError(f"save: {name}.{key} must be finite in {values.dtype} once merged, got an overflow")
+            merged[key] = nn.Parameter(values, requires_grad=False)
+        plain._parameters = plain._parameters | merged
         memo[id(layer)] = plain
     return copy.deepcopy(model, memo)
 

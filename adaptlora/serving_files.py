@@ -27,6 +27,8 @@ def write(adapter, path, *, pad: bool | int, fold_residual: bool) -> None:
             'save: modules_to_save must be empty for format="vllm", which loads low-rank factors alone, got '
             f'{list(adapter.saved)} (save(format="merged") writes a whole model)'
         )
+    if adapter.config.lora_bias:
+        raise ValueError('save: lora_bias must be False for format="vllm", which adds no bias, got True')
     check_finite(adapter)
     factors = io.plain_factors(adapter, fold_residual=fold_residual)
     config = io.peft_description(adapter, {name: lora_A.shape[0] for name, (lora_A, _) in factors.items()})

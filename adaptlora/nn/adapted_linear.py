@@ -34,6 +34,12 @@ class AdaptedLinear(nn.Module):
         self.scaling = scaling
         self.dropout_p = dropout_p
         self.fan_in_fan_out = is_conv1d(base_layer)
+        self.register_parameter("lora_bias", None)
+
+    def add_lora_bias(self) -> None:
+        """Train a bias of B too: `lora_bias` (N,), zero at the start, in the factors' dtype."""
+        like = {"dtype": self.factor_dtype, "device": self.weight.device}
+        self.lora_bias = nn.Parameter(torch.zeros(self.out_features, **like))
 
     def _train(self, pair: RankedPair) -> None:
         self.pair = pair
@@ -123,6 +129,21 @@ class AdaptedLinear(nn.Module):
             raise ValueError(f"merge: base_layer must not be quantised, got {kind}: dequantise first")
         lora_A, lora_B = self.effective_factors()
         return self._shifted(lora_A, lora_B, self.scaling).to(self.weight.dtype)
+
+    def merged_parameters(self) -> dict[str, torch.Tensor]:
+        """
+        {"weight": `merged_weight`}, and with a lora_bias {"bias": bias + scaling · lora_bias}, computed and rounded likewise.
+
+        Raises: ValueError (as `merged_weight`; a lora_bias and a base without a bias).
+        """
+        merged = {"weight": self.merged_weight()}
+        if self.lora_bias is not None:
+            if self.bias is None:
+                raise ValueError(f"merge: base_layer must have a bias for lora_bias, got none in {self.base_layer}")
+            acc = accumulation_dtype(self.lora_bias.dtype)
+            total = torch.add(self.bias.to(acc), self.lora_bias.detach().to(acc), alpha=self.scaling)
+            merged["bias"] = total.to(self.bias.dtype)
+        return merged
 
     def _shifted(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float) -> torch.Tensor:
         """W + scaling · B A, oriented like `weight`, in the accumulation dtype of the factors."""
