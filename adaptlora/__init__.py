@@ -3,7 +3,7 @@
 from . import nn, ops
 from .adapter import Adapter, RankChange, attach, load, trained_parameters
 from .checkpoint import check_checkpoint, last_checkpoint, load_checkpoint, save_checkpoint
-from .config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+from .config import AdaLoRAConfig, DyLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .distributed.faults import ProcessError
 from .integrations.accelerate import Acceleration, accelerate, restore
 from .integrations.compile import dynamic_ranks
@@ -32,6 +32,7 @@ __all__ = [
     "Adapter",
     "ClipConfig",
     "DropConfig",
+    "DyLoRAConfig",
     "LaLoRAConfig",
     "LoraConfig",
     "NoRAConfig",

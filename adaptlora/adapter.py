@@ -63,7 +63,7 @@ def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=N
 
     Args:
         model: any nn.Module.
-        config: LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig, AdaLoRAConfig.
+        config: LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig, AdaLoRAConfig, DyLoRAConfig.
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
         progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
@@ -377,14 +377,25 @@ class Adapter(AdapterContents):
     def compact(self) -> None:
         """
         Give the memory of parked vectors back, their optimizer state included: factors, gradients and state are then as small as the
-        ranks say, and the method changes ranks no more. Where nothing can come back (NormAL, plain LoRA) there is nothing to give back.
+        ranks say, DyLoRA's those of `set_rank`, and the method changes ranks no more. Where nothing can come back (NormAL, plain LoRA)
+        there is nothing to give back.
 
         Raises: ValueError (merged or detached), TypeError (an optimizer's state that cannot follow); nothing has changed then.
         """
         self.check_trainable("compact")
-        self._commit(self.ranks(), compact=True)
+        self._commit(self.method.final_ranks(), compact=True)
         if self.method.parks:
             self.method.compacted()
+
+    def set_rank(self, rank: int | None) -> None:
+        """
+        DyLoRA: evaluate, merge and save with the first `rank` vectors of every module, or all that a smaller one has; None for all, as at
+        first. Training goes on with the ranks that are drawn; `compact` then keeps these vectors for good.
+
+        Raises: ValueError (another method, a rank that there is not, merged or detached).
+        """
+        self.check_trainable("set_rank")
+        self.method.set_rank(rank)
 
     def _loss_value(self, loss) -> float | None:
         elsewhere = isinstance(loss, torch.Tensor) and loss.device.type != "cpu"

@@ -346,6 +346,37 @@ class AdaLoRAConfig(LoraConfig):
 
 
 @dataclasses.dataclass
+class DyLoRAConfig(LoraConfig):
+    """
+    DyLoRA: each optimizer step trains the first b of r vectors, b ~ U{r_min … r} drawn anew, one for all modules; the others are parked,
+    with their optimizer state.          [DyLoRA, arXiv:2210.07558, algorithm 1]
+
+    b is a function of `seed` and of the steps made, so that processes and runs that resume draw alike. In evaluation mode all r vectors
+    run, or as many as `Adapter.set_rank` says; these are what is saved and merged. A module of a smaller rank trains min(b, its rank).
+
+    Args:
+        r_min: smallest b, in [1, r].
+        frozen: only vector b trains, and those before it keep their values; else all up to b do. (The released code gives them gradients
+            of zero, with which momentum and weight decay still move them.)
+        rescale: scale by lora_alpha / b, as the paper does, and its released code with √(r / b) on each of both factors; False: by
+            lora_alpha / r at every b. With use_rslora by lora_alpha / √b, or / √r.
+    """
+
+    r_min: int = 1
+    frozen: bool = False
+    rescale: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        within = _is_int(self.r_min) and 1 <= self.r_min <= self.r
+        _require(within, self, "r_min", f"must be an integer in [1, r={self.r}]")
+        for field in ("frozen", "rescale"):
+            _require(isinstance(getattr(self, field), bool), self, field, "must be True or False")
+        rule = 'must be "kaiming": a prefix of triplets that were taken out of the weight would leave the others out'
+        _require(self.init_lora_weights == "kaiming", self, "init_lora_weights", rule)
+
+
+@dataclasses.dataclass
 class NoRAConfig(LoraConfig):
     """
     NoRA: an inner pair of rank `r` trained between frozen outer factors of rank `r_out`, taken from the weight itself.  [NoRA]

@@ -53,7 +53,7 @@ def check_finite(adapter) -> None:
     parts = [
         (f"{name}: {factor}", values)
         for name, layer in adapter.layers.items()
-        for factor, values in layer.pair.factors().items()
+        for factor, values in zip(layer.pair.factor_names, layer.pair.whole_rows(), strict=True)
     ]
     for name, module in adapter.saved.items():
         parts += [(f"{name}: {key}", parameter) for key, parameter in module.named_parameters()]

@@ -1,8 +1,9 @@
 """What decides the ranks while a model trains."""
 
-from ..config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+from ..config import AdaLoRAConfig, DyLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 from .adalora import AdaLoRA
 from .base import Attachment, Method, NonFiniteError
+from .dylora import DyLoRA
 from .lalora import LaLoRA
 from .nora import NoRA
 from .normal import NormAL
@@ -15,6 +16,7 @@ METHODS = {
     LaLoRAConfig: LaLoRA,
     NoRAConfig: NoRA,
     AdaLoRAConfig: AdaLoRA,
+    DyLoRAConfig: DyLoRA,
 }
 
 

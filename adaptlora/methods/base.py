@@ -180,6 +180,14 @@ class Method:
         """Whether vectors that a rank change takes out may come back."""
         return False
 
+    def final_ranks(self) -> dict[str, int]:
+        """What the modules keep when what is parked goes for good."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def set_rank(self, rank: int | None) -> None:
+        """Evaluate with another rank than that of all vectors.  Raises: ValueError (a rank, or a method without a choice)."""
+        raise ValueError(f"set_rank: the adapter must be DyLoRA's, got {type(self.config).__name__}")
+
     def compacted(self) -> None:
         """What was parked is gone for good: ranks stay what they are from now on."""
 

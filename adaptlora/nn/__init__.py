@@ -1,6 +1,7 @@
 """Drop-in layers."""
 
 from .adalora_linear import AdaLoraLinear
+from .dylora_linear import DyLoraLinear
 from .frozen import dequantised_weight, is_conv1d, is_linear, is_quantised, linear_shape
 from .lora_group import LoraGroup
 from .lora_linear import LoraLinear
@@ -8,6 +9,7 @@ from .nora_linear import NoRALinear, Outer, nora_serial_ref
 
 __all__ = [
     "AdaLoraLinear",
+    "DyLoraLinear",
     "LoraGroup",
     "LoraLinear",
     "NoRALinear",

@@ -36,7 +36,7 @@ class LoraGroup(nn.Module):
         if not layers:
             raise ValueError("LoraGroup: layers must hold at least one LoraLinear, got none")
         for i, layer in enumerate(layers):
-            if not isinstance(layer, LoraLinear):
+            if type(layer) is not LoraLinear:  # a subclass may run with other vectors
                 raise TypeError(f"LoraGroup: layer {i} must be a LoraLinear, got {type(layer).__name__}")
             if is_quantised(layer.base_layer):
                 raise TypeError(f"LoraGroup: layer {i} must have a plain base, got a quantised one: call it alone")

@@ -84,6 +84,11 @@ class LoraLinear(ResidualLinear):
     def _taken(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         return None if self.start_A is None else (self.start_A, self.start_B.t(), self.start_scaling)
 
+    @property
+    def running_scaling(self) -> float:
+        """What the forward pass scales by: another number than `scaling` only where a subclass runs with other vectors than it saves."""
+        return self.scaling
+
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer runs with: (A, B), behind it a quantised base's correction."""
         correction = self._correction()
@@ -94,7 +99,7 @@ class LoraLinear(ResidualLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         lora_A, lora_B = self._factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return adapted(self.base_layer, x, lora_A, lora_B, scaling=self.scaling, dropout_p=dropout_p)
+        return adapted(self.base_layer, x, lora_A, lora_B, scaling=self.running_scaling, dropout_p=dropout_p)
 
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_A.detach(), self.lora_B.detach()
