@@ -55,9 +55,10 @@ def _check_plain(model: nn.Module) -> None:
 def _check_ties(adapter, originals: dict[str, nn.Module]) -> None:
     """Raises: ValueError if a weight that changes is tied to one that does not: loading would tie them again."""
     changed = {f"{name}.weight": layer.base_layer.weight for name, layer in adapter.layers.items()}
+    changed |= {f"{name}.bias": layer.bias for name, layer in adapter.layers.items() if layer.lora_bias is not None}
     for name, module in originals.items():
         changed |= {f"{name}.{key}": parameter for key, parameter in module.named_parameters()}
-    places = {parameter.data_ptr(): key for key, parameter in changed.items() if parameter.numel()}
+    places = {tensor.data_ptr(): key for key, tensor in changed.items() if tensor is not None and tensor.numel()}
     for key, parameter in adapter.model.named_parameters(remove_duplicate=False):
         name = key.replace(".base_layer.", ".")
         tied = places.get(parameter.data_ptr(), name)

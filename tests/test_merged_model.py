@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import adaptlora
 from adaptlora.cli import app
+from adaptlora.merged_model import _merged_copy
 
 TOKENS = {"input_ids": torch.arange(10).view(2, 5)}
 
@@ -45,6 +46,7 @@ def tiny_llama(tied=False):
 
 LORA = adaptlora.LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", rank_pattern={".*0.*": 2})
 CASES = {
+    "bert, lora_bias": (tiny_bert, bert_batch(), {"lora_bias": True}),
     "bert": (tiny_bert, bert_batch(), {"modules_to_save": ["classifier"], "exclude_modules": ["classifier"]}),
     "gpt2": (tiny_gpt2, TOKENS, {}),
     "mixtral": (tiny_mixtral, TOKENS, {}),
@@ -58,9 +60,9 @@ def adapted(model, **fields):
     adapter = adaptlora.attach(model, config)
     randomise(adapter)
     with torch.no_grad():
-        for module in adapter.saved.values():
-            for parameter in module.parameters():
-                parameter.add_(0.1)
+        trained = [parameter for module in adapter.saved.values() for parameter in module.parameters()]
+        for parameter in trained + [layer.lora_bias for layer in adapter.layers.values() if config.lora_bias]:
+            parameter.add_(0.1)
     return adapter
 
 
@@ -123,6 +125,15 @@ def test_a_plain_module(tmp_path):
     with torch.no_grad():
         assert torch.equal(plain(x), adapter.merge()(x))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+
+
+def test_what_does_not_change_is_not_copied():
+    adapter = adapted(tiny_bert(), target_modules=["query"])
+    before = dict(adapter.model.named_parameters())
+    for name, parameter in _merged_copy(adapter).named_parameters():
+        assert (parameter is before.get(name)) == (".query.weight" not in name and ".query.bias" not in name)
+    bias = "bert.encoder.layer.0.attention.self.query.bias"
+    assert _merged_copy(adapter).get_parameter(bias) is before[bias.replace(".bias", ".base_layer.bias")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
@@ -216,6 +227,9 @@ def test_nothing_is_left_of_a_model_that_cannot_be_written(tmp_path):
         layer.lora_A[0, 0] = 0
     adapter.merge()
     with pytest.raises(ValueError, match="save: the adapter must not be merged"):
+        adapter.save(tmp_path / "out", format="merged")
+    adapter = adapted(Net(), target_modules=["second"], rank_pattern={}, lora_bias=True)
+    with pytest.raises(ValueError, match="base_layer must have a bias for lora_bias"):
         adapter.save(tmp_path / "out", format="merged")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full" / "mine").read_text() == "kept"

@@ -191,6 +191,9 @@ def test_what_servers_cannot_load_is_refused(tmp_path):
     adapter.save(tmp_path / "peft")
     with pytest.raises(ValueError, match="export: .* tensors must be lora_A and lora_B for vLLM.*classifier"):
         export(tmp_path / "peft", tmp_path / "out")
+    adapter = adaptlora.attach(Net(), adaptlora.LoraConfig(target_modules=["first"], lora_bias=True))
+    with pytest.raises(ValueError, match='save: lora_bias must be False for format="vllm"'):
+        adapter.save(tmp_path / "out", format="vllm")
     adapter = adapted()
     with torch.no_grad():
         next(iter(adapter.layers.values())).lora_B[0, 0] = math.nan
