@@ -85,12 +85,12 @@ def accelerate(model: nn.Module) -> Acceleration:
                 f"{type(layer).__module__}.{type(layer).__qualname__} is no LoRA of a linear layer that is known"
             )
             continue
-        obstacles = [adapter_obstacle(layer, adapter) for adapter in layer.lora_A]
-        plain = None in obstacles
         if (obstacle := layer_obstacle(layer)) is not None:
-            plain, obstacles = False, [obstacle]
-        layer.__class__ = fast if plain else original
-        if plain:
+            kept[name] = obstacle
+            continue
+        obstacles = [adapter_obstacle(layer, adapter) for adapter in layer.lora_A]
+        layer.__class__ = fast if None in obstacles else original
+        if None in obstacles:
             accelerated.append(name)
         if reasons := [obstacle for obstacle in obstacles if obstacle is not None]:
             kept[name] = "; ".join(reasons)

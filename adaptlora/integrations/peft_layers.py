@@ -106,6 +106,10 @@ class _Accelerated:
         Raises: what PEFT's forward raises, which runs wherever the ops do not: `adapter_obstacle`, merged or disabled adapters,
             dtypes that do not fit, torch.func's transforms, forward-mode derivatives, export. RuntimeError (second derivatives).
         """
+        if not isinstance(
+            self, _Accelerated
+        ):  # kept as a bound method, as by accelerate's hooks, from before `restore`
+            return type(self).forward(self, x, *args, **kwargs)
         adapters = [] if args or kwargs else self._active(x)
         if not adapters:
             return super().forward(x, *args, **kwargs)
@@ -141,11 +145,13 @@ class _Accelerated:
 
     def _takes(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether the ops compute with x and the adapter's factors as they are, which PEFT may cast first."""
-        dtype = _compute_dtype(x, x)
-        for part in (self.lora_A[adapter], self.lora_B[adapter]):
-            if part.weight.device != x.device or part.weight.dtype not in (dtype, torch.float32):
+        lora_A, lora_B, dtype = self.lora_A[adapter].weight, self.lora_B[adapter].weight, _compute_dtype(x, x)
+        for factor in (lora_A, lora_B):
+            if factor.device != x.device or factor.dtype not in (dtype, torch.float32):
                 return False
-        return x.dtype == self.lora_A[adapter].weight.dtype or self.cast_input_dtype_enabled or autocasts(x)
+        if x.shape[-1] != lora_A.shape[1]:
+            return False
+        return x.dtype == lora_A.dtype or self.cast_input_dtype_enabled or autocasts(x)
 
     def _one_product(self, x: torch.Tensor) -> bool:
         """Whether the base is a frozen matrix, which `lora_linear` multiplies along with an adapter."""
