@@ -224,7 +224,7 @@ BAD = [
     (["--model", "MODEL", "--data", "t.csv", "--task", "sorting"], "task must be one of classification, causal-lm"),
     (
         ["--model", "MODEL", "--data", "t.csv", "--method", "x"],
-        "method must be one of normal, lora, lalora, nora, got 'x'",
+        "method must be one of normal, lora, lalora, nora, adalora, dylora, got 'x'",
     ),
     (["--model", "MODEL", "--data", "t.csv", "--r", 0], "r must be an integer > 0, got 0"),
     (["--model", "MODEL", "--data", "t.csv", "--target-r", 9], "budget must be between 13"),

@@ -57,7 +57,7 @@ def test_options_reach_the_configuration_and_win():
     ("change", "message"),
     [
         ({"task": "sorting"}, "task must be one of classification, causal-lm, got 'sorting'"),
-        ({"method": "magic"}, "method must be one of normal, lora, lalora, nora, got 'magic'"),
+        ({"method": "magic"}, "method must be one of normal, lora, lalora, nora, adalora, dylora, got 'magic'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 1}, "t_c must be less than steps=1"),
         ({"steps": 50, "t_c": 50}, "t_c must be less than steps=50.*t_c=50"),

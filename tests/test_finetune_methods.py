@@ -15,6 +15,7 @@ import adaptlora
 from adaptlora.cli.finetune import _spec
 from adaptlora.finetune import FinetuneSpec, peft_twin, run, runner, tasks
 from adaptlora.finetune import data as data_module
+from adaptlora.finetune.train import Learner
 from adaptlora.rank_history import RankHistory
 
 pytest.importorskip("peft")
@@ -164,6 +165,56 @@ def test_without_a_residual_both_learners_are_tested_at_the_start(bert, tmp_path
     assert (report.scores["ours"]["before"], report.scores["peft"]["before"]) == ({"accuracy": 1}, {"accuracy": 2})
     run(replace(spec, method="lora", options={}))
     assert len(tested) == 4 + 3
+
+
+# AdaLoRA, DyLoRA, PiSSA and LoRA+
+
+
+def test_adalora_from_the_shell(bert, tmp_path):
+    result, report = finetune(bert, tmp_path, "--method", "adalora", "--r", 4, "--target-r", 2, "--short")
+    for text in ("AdaLoRA", "PEFT LoRA r=4", "at the start", "at the end (step 12)", "✓"):
+        assert text in result.output
+    assert sum(report["ranks"].values()) == 2 * MODULES and max(report["ranks"].values()) <= 4
+    assert set(report["sizes"]) == {"before", "end", "peft"}
+    assert report["sizes"]["before"]["adapter_parameters"] == 4 * (A_RANK + MODULES)
+    assert report["sizes"]["end"]["adapter_parameters"] < 3 * A_RANK
+    assert 0 <= report["peft_difference"] <= 1e-5 and report["scores"]["peft"]["before"]
+
+
+def test_dylora_from_the_shell(bert, tmp_path):
+    result, report = finetune(bert, tmp_path, "--method", "dylora", "--r", 4, "--r-min", 2, "--frozen", "--short")
+    assert "DyLoRA" in result.output and report["spec"]["frozen"] is True
+    assert set(report["ranks"].values()) == {4} and 0 <= report["peft_difference"] <= 1e-5
+    assert report["sizes"]["before"]["adapter_parameters"] in [b * A_RANK for b in (2, 3, 4)]
+    assert (
+        report["sizes"]["compacted"]["adapter_parameters"]
+        == 4 * A_RANK
+        == report["sizes"]["peft"]["adapter_parameters"]
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "normal"])
+def test_pissa_and_loraplus_from_the_shell(bert, tmp_path, method):
+    arguments = ("--method", method, "--r", 4, "--target-r", 2, "--init", "pissa", "--loraplus-lr-ratio", 4)
+    result, report = finetune(bert, tmp_path, *arguments, "--short")
+    assert "(PiSSA)" in result.output and "factorising" in result.output
+    assert report["losses"]["ours"][0] == pytest.approx(report["losses"]["peft"][0], rel=1e-4)
+    assert sum(report["ranks"].values()) == (2 if method == "normal" else 4) * MODULES
+    tensors = load_file("out/adapter/adapter_model.safetensors")
+    found = [tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name]
+    assert sum(found) == sum(report["ranks"].values()) + 4 * MODULES, "what was taken out of the base comes along"
+    assert 0 <= report["peft_difference"] <= 1e-5
+
+
+def test_learning_rates_keep_their_ratio():
+    model = models.tiny_bert()
+    config = adaptlora.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    adapter = adaptlora.attach(model, config)
+    learner = Learner(model, adapter.parameter_groups(0.1, loraplus_lr_ratio=8), lr=0.1, adapter=adapter)
+    for factor in (0.5, 0.25):
+        learner.step(models.bert_batch(), factor)
+        rates = [group["lr"] for group in learner.optimizer.param_groups]
+        assert rates == pytest.approx([0.1 * factor, 0.8 * factor, 0.8 * factor])
 
 
 # PEFT beside them

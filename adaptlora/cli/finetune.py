@@ -35,9 +35,11 @@ _OPTIONS = {  # help panel → field of FinetuneSpec → text
         "data_dir": "Where fetched models and data are.",
     },
     "Method": {
-        "method": f"{', '.join(METHODS)}: NormAL's one clip of the ranks, plain LoRA, La-LoRA's ranks that grow, or NoRA's nested pairs.",
-        "r": "Rank of every module at the start; lalora: the largest; nora: of the inner pair that trains.",
-        "target_r": "normal: average rank after the clip.",
+        "method": f"{', '.join(METHODS)}: NormAL's one clip of the ranks, plain LoRA, La-LoRA's ranks that grow, NoRA's nested pairs,"
+        " AdaLoRA's choice of triplets, or DyLoRA's drawn prefixes.",
+        "r": "Rank of every module at the start; lalora, dylora: the largest; nora: of the inner pair that trains.",
+        "init_lora_weights": "kaiming: B = 0; pissa, milora: the leading or trailing singular triplets of the weights, taken out of them.",
+        "target_r": "normal: average rank after the clip; adalora: at the end.",
         "threshold": "normal, instead of --target-r: keep vectors up to the last that scores above this, 0 ≤ threshold < 1.",
         "lora_alpha": "Scaling is lora-alpha / r.",
         "lora_dropout": "Dropout of the adapter's input.",
@@ -48,9 +50,12 @@ _OPTIONS = {  # help panel → field of FinetuneSpec → text
         "gamma": "lalora: how fast the budget of ranks grows with the norms of the factors.",
         "temperature": "lalora: the higher, the more evenly the budget is shared out over the blocks.",
         "r_out": "nora: rank of the frozen factors of the weights that the pair is trained between.",
+        "r_min": "dylora: the smallest rank that is drawn.",
+        "frozen": "dylora: train only the last vector of each drawn prefix.",
     },
     "Training": {
         "lr": "AdamW's learning rate.",
+        "loraplus_lr_ratio": "LoRA+: lora_B's learning rate in parts of --lr (without it: the same).",
         "steps": "Optimizer steps; t-p and t-c move along unless they are given.",
         "batch_size": "Examples in a batch.",
         "warmup": "Steps over which the learning rate rises.",
@@ -98,6 +103,12 @@ With La-LoRA, ranks from 1 up to 8 over the steps; with NoRA, 2 · 256 · 16 num
     adaptlora finetune --preset trec --method lalora --temperature 10 -o runs/trec-lalora
 
     adaptlora finetune --preset trec --method nora --r 16 --r-out 256 -o runs/trec-nora
+
+With AdaLoRA, 12 triplets a module pruned to 4 on average; with PiSSA's start and LoRA+'s two learning rates:
+
+    adaptlora finetune --preset trec --method adalora --r 12 --target-r 4 -o runs/trec-adalora
+
+    adaptlora finetune --preset trec --method lora --init pissa --loraplus-lr-ratio 8 -o runs/trec-pissa
 """
 )
 def finetune(
@@ -121,6 +132,7 @@ def finetune(
     data_dir: Annotated[str | None, _option("data_dir")] = None,
     method: Annotated[str | None, _option("method")] = None,
     r: Annotated[int | None, _option("r", "--r")] = None,
+    init_lora_weights: Annotated[str | None, _option("init_lora_weights", "--init")] = None,
     target_r: Annotated[float | None, _option("target_r")] = None,
     threshold: Annotated[float | None, _option("threshold")] = None,
     lora_alpha: Annotated[float | None, _option("lora_alpha")] = None,
@@ -132,7 +144,10 @@ def finetune(
     gamma: Annotated[float | None, _option("gamma")] = None,
     temperature: Annotated[float | None, _option("temperature")] = None,
     r_out: Annotated[int | None, _option("r_out")] = None,
+    r_min: Annotated[int | None, _option("r_min")] = None,
+    frozen: Annotated[bool | None, _option("frozen", "--frozen/--no-frozen")] = None,
     lr: Annotated[float | None, _option("lr")] = None,
+    loraplus_lr_ratio: Annotated[float | None, _option("loraplus_lr_ratio")] = None,
     steps: Annotated[int | None, _option("steps")] = None,
     batch_size: Annotated[int | None, _option("batch_size")] = None,
     warmup: Annotated[int | None, _option("warmup")] = None,

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..ranks import FACTORS
 from ._extras import need
 
 
@@ -19,7 +20,8 @@ def rank(adapter) -> int:
 def twin(base: nn.Module, adapter) -> nn.Module:
     """PEFT's plain LoRA on `base`, in place: same modules and scaling as `adapter`, its largest ranks and initial values.
 
-    Beside NoRA it has `rank(adapter)` everywhere, lora_alpha / r as the configuration's, and PEFT's own initial values.
+    Beside NoRA it has `rank(adapter)` everywhere, lora_alpha / r as the configuration's, and PEFT's own initial values; these too
+    beside AdaLoRA, PiSSA and MiLoRA, whose factors are no plain LoRA's at the start.
 
     Args:
         base: a copy of the model as it was before the adapter.
@@ -41,7 +43,8 @@ def twin(base: nn.Module, adapter) -> nn.Module:
             alpha_pattern={} if nested else config.alpha_pattern,
         ),
     )
-    if nested:
+    plain = all(layer.pair.factor_names == FACTORS and layer.residual is None for layer in adapter.layers.values())
+    if nested or not plain:
         return model
     with torch.no_grad():
         for name, layer in adapter.layers.items():

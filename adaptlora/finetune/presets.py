@@ -6,7 +6,14 @@ from pathlib import Path
 
 TASKS = ("classification", "causal-lm")
 # method → fields of FinetuneSpec that go into its configuration as they are, beside those that all have
-METHODS = {"normal": (), "lora": (), "lalora": ("gamma", "temperature"), "nora": ("r_out",)}
+METHODS = {
+    "normal": (),
+    "lora": (),
+    "lalora": ("gamma", "temperature"),
+    "nora": ("r_out",),
+    "adalora": ("target_r",),
+    "dylora": ("r_min", "frozen"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class FinetuneSpec:
     max_length: int = 128
 
     method: str = "normal"
-    r: int = 8  # La-LoRA: the largest rank; NoRA: rank of the inner pair
+    r: int = 8  # La-LoRA, DyLoRA: the largest rank; NoRA: rank of the inner pair; AdaLoRA: init_r
     target_r: float | None = 4.0
     threshold: float | None = None  # instead of target_r
     lora_alpha: float = 16
@@ -45,6 +52,9 @@ class FinetuneSpec:
     gamma: float = 1.0  # La-LoRA
     temperature: float = 1.0  # La-LoRA
     r_out: int = 256  # NoRA
+    r_min: int = 1  # DyLoRA
+    frozen: bool = False  # DyLoRA
+    init_lora_weights: str = "kaiming"
     options: Mapping[str, object] = field(
         default_factory=dict
     )  # further fields of the method's configuration; they win
@@ -52,6 +62,7 @@ class FinetuneSpec:
     steps: int = 180
     batch_size: int = 32
     lr: float = 2e-3
+    loraplus_lr_ratio: float | None = None  # lora_B's learning rate in parts of lr; None: one for all
     weight_decay: float = 0.01
     warmup: int = 0  # steps over which the learning rate rises linearly from 0
     decay: bool = False  # whether it falls linearly to 0 afterwards
@@ -77,6 +88,8 @@ class FinetuneSpec:
         for name in ("holdout", "test_limit"):
             rule(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         rule("lr", self.lr > 0, "greater than 0")
+        ratio = self.loraplus_lr_ratio
+        rule("loraplus_lr_ratio", ratio is None or ratio > 0, "greater than 0")
         rule("weight_decay", self.weight_decay >= 0, "at least 0")
         rule("chat", not self.chat or self.task == "causal-lm", "False for task classification")
         rule("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
@@ -110,9 +123,16 @@ class FinetuneSpec:
 
         Raises: ValueError, TypeError (as the configuration itself does).
         """
-        from adaptlora import LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
+        from adaptlora import AdaLoRAConfig, DyLoRAConfig, LaLoRAConfig, LoraConfig, NoRAConfig, NormALConfig
 
-        kinds = {"normal": NormALConfig, "lora": LoraConfig, "lalora": LaLoRAConfig, "nora": NoRAConfig}
+        kinds = {
+            "normal": NormALConfig,
+            "lora": LoraConfig,
+            "lalora": LaLoRAConfig,
+            "nora": NoRAConfig,
+            "adalora": AdaLoRAConfig,
+            "dylora": DyLoRAConfig,
+        }
         kind = kinds[self.method]
         unknown = [name for name in self.options if name not in {field.name for field in fields(kind)}]
         if unknown:
@@ -125,6 +145,7 @@ class FinetuneSpec:
             if isinstance(self.target_modules, str)
             else list(self.target_modules),
             "modules_to_save": modules_to_save,
+            "init_lora_weights": self.init_lora_weights,
             "seed": self.seed,
             **{name: getattr(self, name) for name in METHODS[self.method]},
         }
@@ -136,6 +157,9 @@ class FinetuneSpec:
                 values["threshold"] = self.threshold
             elif "budget" not in self.options:
                 values["target_r"] = self.target_r
+        if self.method == "adalora":
+            # A sixth of the steps with all triplets, and a third with those that stay.
+            values |= {"init_r": self.r, "total_step": self.steps, "tinit": self.steps // 6, "tfinal": self.steps // 3}
         return kind(**{**values, **self.options})
 
 

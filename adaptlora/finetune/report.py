@@ -14,7 +14,15 @@ from ..rank_history import RankHistory
 OURS, PEFT = "ours", "peft"
 UNTIMED = 3  # first steps, which also fill caches and allocate the optimizer's state
 MAX_PEFT_DIFFERENCE = 1e-5  # relative, float32
-_METHODS = {"normal": "NormAL", "lora": "LoRA", "lalora": "La-LoRA", "nora": "NoRA"}
+_METHODS = {
+    "normal": "NormAL",
+    "lora": "LoRA",
+    "lalora": "La-LoRA",
+    "nora": "NoRA",
+    "adalora": "AdaLoRA",
+    "dylora": "DyLoRA",
+}
+_STARTS = {"kaiming": "", "pissa": " (PiSSA)", "milora": " (MiLoRA)"}
 _FIRST_SIZES = {"after": "before clip", "end": "at the start"}  # what "before" is, by the sizes that follow it
 _MOMENTS = {"before": "before training", "clip": "at the clip", "end": "at the end"}
 
@@ -99,7 +107,7 @@ class Report:
         """Name of a learner for people."""
         if learner == PEFT:
             return f"PEFT LoRA r={self.peft_r}"
-        return _METHODS[self.spec["method"]]
+        return _METHODS[self.spec["method"]] + _STARTS[self.spec["init_lora_weights"]]
 
     def _score_table(self) -> Table:
         table = _table()

@@ -49,11 +49,15 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     seed_everything(spec.seed)
     base = model if not spec.compare else task.model()
     adapter = _attach(task, model, watch)
-    learners = {OURS: Learner(model, adapter.parameters(), lr=spec.lr, weight_decay=spec.weight_decay, adapter=adapter)}
+    options = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+    trained = adapter.parameters()
+    if spec.loraplus_lr_ratio is not None:
+        trained = adapter.parameter_groups(**options, loraplus_lr_ratio=spec.loraplus_lr_ratio)
+    learners = {OURS: Learner(model, trained, **options, adapter=adapter)}
     if spec.compare:
         theirs = peft_twin.twin(base, adapter)
         trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-        learners[PEFT] = Learner(theirs, trained, lr=spec.lr, weight_decay=spec.weight_decay)
+        learners[PEFT] = Learner(theirs, trained, **options)
     watch("loading", 3, 3, "")
     report = Report(
         spec=asdict(spec),
@@ -105,7 +109,8 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
             report.scores[name][moment] = task.evaluate(learners[name].model)
         watch(stage, len(names), len(names), _scores_text(report.scores[OURS][moment]))
 
-    same = PEFT in learners and not adapter.method.nested  # B = 0 in both: they are still the same function
+    # B (or E) = 0 in both: they are still the same function.
+    same = PEFT in learners and spec.init_lora_weights == "kaiming" and not adapter.method.nested
     evaluate("before", "test before training", [OURS] if same else list(learners))
     if same:
         report.scores[PEFT]["before"] = report.scores[OURS]["before"]
@@ -123,6 +128,8 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
         report.sizes["end"] = _counts(adapter.summary())
         adapter.compact()
         report.sizes["compacted"] = _counts(adapter.summary())
+    elif adapter.method.t_c is None and adapter.ranks() != learners[OURS].first_summary["ranks"]:
+        report.sizes["end"] = _counts(adapter.summary())
     evaluate("end", "test at the end", list(learners))
 
     report.sizes["before"] = _counts(learners[OURS].first_summary)

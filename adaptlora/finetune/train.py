@@ -32,12 +32,12 @@ class Step:
 
 
 class Learner:
-    """A model, its trainable parameters under AdamW, and its adapter where it has one."""
+    """A model, its trainable parameters (or groups of them with learning rates of their own) under AdamW, and its adapter if it has one."""
 
     def __init__(
         self,
         model: nn.Module,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict],
         *,
         lr: float,
         weight_decay: float = 0.01,
@@ -47,6 +47,7 @@ class Learner:
         self.adapter = adapter
         self.lr = lr
         self.optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.first_summary: dict | None = None  # the adapter's sizes at its first ranks, optimizer state included
         if adapter is not None:
             adapter.track(self.optimizer)
@@ -56,8 +57,8 @@ class Learner:
 
         Raises: ValueError (a loss that is not finite).
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * lr_factor
         self.model.train()
         start = _now(batch)
         loss = self.model(**batch).loss
