@@ -18,6 +18,11 @@ def as_2d(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
+def as_output(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(..., N) of a fresh y (M, N), for an x (..., K): no view in autograd's eyes, which would let nobody write to it."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+
+
 def _drop(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
     """drop(x) of a 2-d x: kept elements divided by 1 − p."""
     if p == 0:

@@ -9,7 +9,7 @@ from . import _backend
 from ._checks import check_dropout, check_tokens
 from ._dropout import as_seed, new_seed, threshold
 from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
-from .lora_delta import MAX_RANK, as_2d, check_saved, shape_of_x, to_save
+from .lora_delta import MAX_RANK, as_2d, as_output, check_saved, shape_of_x, to_save
 from .lora_linear import autocast, check_linear, lora_linear_ref
 
 OP = "lora_group"
@@ -62,7 +62,7 @@ def _lora_group(x, weights, biases, lora_As, lora_Bs, rank_scales, seeds, scalin
         ys, s = kernels.lora_group(
             as_2d(x), weights, biases, lora_As, lora_Bs, rank_scales, scalings, dropout_p, threshold(dropout_p), seeds or None
         )  # fmt: skip
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys], s
+    return [as_output(y, x) for y in ys], s
 
 
 @register(

@@ -11,6 +11,7 @@ from ._dropout import as_seed, threshold
 from ._library import accumulation_dtype, library, no_autocast, no_second_derivative, register
 from .lora_delta import (
     as_2d,
+    as_output,
     autocast_to,
     autocasts,
     check_saved,
@@ -55,7 +56,7 @@ def _lora_linear(x, weight, bias, lora_A, lora_B, rank_scale, seed, scaling, dro
             y, s = _forward_ref(*operands, seed)
         else:
             y, s = kernels.lora_linear(*operands, threshold(dropout_p), seed)
-        return y.view(*x.shape[:-1], weight.shape[0]), s
+        return as_output(y, x), s
 
 
 @register(
