@@ -7,6 +7,7 @@ from .config import AdaLoRAConfig, DyLoRAConfig, LaLoRAConfig, LoraConfig, NoRAC
 from .distributed.faults import ProcessError
 from .integrations.accelerate import Acceleration, accelerate, restore
 from .integrations.compile import dynamic_ranks
+from .integrations.from_peft import from_peft
 from .integrations.peft_prune import prune
 from .logs import log_values
 from .methods import NonFiniteError
@@ -50,6 +51,7 @@ __all__ = [
     "attach",
     "check_checkpoint",
     "dynamic_ranks",
+    "from_peft",
     "last_checkpoint",
     "load",
     "load_checkpoint",

@@ -16,7 +16,7 @@ from .config import LoraConfig
 from .distributed.distribution import Distribution, must_distribute
 from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
-from .nn import LoraLinear
+from .nn import LoraLinear, linear_shape
 from .ops._checks import check_finite_number
 from .optimizer_wrappers import check_wrappers, holding, unwrap
 from .ranks import commit_ranks
@@ -86,6 +86,8 @@ def _attach(model: nn.Module, config: LoraConfig, *, whole=None, **options) -> "
     try:
         layers = kind.build(config, Attachment(model, targets, **options))
         for name, layer in layers.items():
+            if config.lora_bias:
+                layer.add_lora_bias()
             layer.train(targets[name].training)
         method = kind(config, layers)
         model.requires_grad_(False)
@@ -122,7 +124,10 @@ def trained_parameters(model: nn.Module, config: LoraConfig) -> int:
     """
     check_config(config)
     kind = METHODS[type(config)]
-    factors = sum(kind.parameters(config, name, module) for name, module in find_targets(model, config).items())
+    targets = find_targets(model, config)
+    factors = sum(kind.parameters(config, name, module) for name, module in targets.items())
+    if config.lora_bias:
+        factors += sum(linear_shape(module)[1] for module in targets.values())
     return factors + sum(p.numel() for module in find_saved(model, config).values() for p in module.parameters())
 
 
@@ -196,7 +201,7 @@ class Adapter(AdapterContents):
         self.method = method
         self._originals = originals
         self._required = required
-        self._unmerged: dict[str, nn.Parameter] | None = None
+        self._unmerged: dict[str, dict[str, nn.Parameter]] | None = None
         self._attached = True
         self._distribution, self._distributed = Distribution(), False
         self._watched = weakref.WeakSet()
@@ -215,11 +220,15 @@ class Adapter(AdapterContents):
 
     def parameters(self) -> list[nn.Parameter]:
         """
-        Everything that trains: the factors but for those that are frozen, as freeze_A freezes lora_A, then the modules_to_save.
-        Parameters stay the same objects as ranks change.
+        Everything that trains: the factors but for those that are frozen, as freeze_A freezes lora_A, the biases, then the
+        modules_to_save. Parameters stay the same objects as ranks change.
         """
         trained = [factor for factor in self.factors() if factor.requires_grad]
-        return trained + [p for module in self.saved.values() for p in module.parameters()]
+        return trained + self.biases() + [p for module in self.saved.values() for p in module.parameters()]
+
+    def biases(self) -> list[nn.Parameter]:
+        """lora_bias of every module that has one."""
+        return [layer.lora_bias for layer in self.layers.values() if layer.lora_bias is not None]
 
     def factors(self) -> list[nn.Parameter]:
         """lora_A and lora_B of every module, and lora_E of AdaLoRA's."""
@@ -534,14 +543,15 @@ class Adapter(AdapterContents):
 
         The unmerged weights are kept beside the merged ones, so that `unmerge` restores them bit for bit; a weight that is tied
         to others is untied by it, since only the adapted module may change. Parameters stay frozen.
-        Returns: the model.   Raises: ValueError (already merged or detached).
+        Returns: the model.   Raises: ValueError (already merged or detached; a lora_bias over a base without a bias).
         """
         self.check_trainable("merge")
-        merged = {name: layer.merged_weight() for name, layer in self.layers.items()}
+        merged = {name: layer.merged_parameters() for name, layer in self.layers.items()}
         self._unmerged = {}
         for name, layer in self.layers.items():
-            self._unmerged[name] = layer.base_layer.weight
-            layer.base_layer.weight = nn.Parameter(merged[name], requires_grad=False)
+            self._unmerged[name] = {key: getattr(layer.base_layer, key) for key in merged[name]}
+            for key, values in merged[name].items():
+                setattr(layer.base_layer, key, nn.Parameter(values, requires_grad=False))
             _replace(self.model, name, layer.base_layer)
         self._restore_fused_encoders()
         return self.model
@@ -552,10 +562,10 @@ class Adapter(AdapterContents):
             raise ValueError("unmerge: the adapter must be merged, and it is not")
         for name, layer in self.layers.items():
             # The model may have been moved meanwhile, without the layers that were out of it.
-            merged, original = layer.base_layer.weight, self._unmerged[name]
-            original.data = original.data.to(merged)
-            layer.base_layer.weight = original
-            layer.to(merged.device)
+            for key, original in self._unmerged[name].items():
+                original.data = original.data.to(getattr(layer.base_layer, key))
+                setattr(layer.base_layer, key, original)
+            layer.to(layer.weight.device)
             _replace(self.model, name, layer)
         self._unmerged = None
         _set_fused_encoders(self.model, self.layers, self._fused)

@@ -9,7 +9,7 @@ from .distributed.sharding import is_sharded
 from .nn import Outer
 
 # Of `Adapter.state_dict`.
-_FIELDS = {"factors", "statistics", "parked", "outer", "starts", "scalings", "modules_to_save", "method"}
+_FIELDS = {"factors", "statistics", "parked", "outer", "starts", "biases", "scalings", "modules_to_save", "method"}
 
 
 def _like(weighting: torch.Tensor | None, layer) -> torch.Tensor | None:
@@ -129,8 +129,16 @@ class AdapterContents:
         else:
             factors = _of_rewritten_bases(stored, self.layers)
         self._take(factors, stored.scalings)
+        self._take_biases({} if self.method.nested else stored.biases)
         for name, tensors in stored.saved.items():
             self.saved[name].load_state_dict(tensors)
+
+    @torch.no_grad()
+    def _take_biases(self, biases: dict[str, torch.Tensor]) -> None:
+        """lora_bias of every module that has one; zero where none is given."""
+        for name, layer in self.layers.items():
+            if layer.lora_bias is not None:
+                layer.lora_bias.copy_(biases.get(name, 0.0))
 
     def base_state_dict(self) -> dict[str, torch.Tensor]:
         """The plain model's tensors by its own names: base weights, less what was taken out of them, and modules trained whole."""
@@ -194,6 +202,7 @@ class AdapterContents:
             "parked": {name: layer.pair.parked() for name, layer in self.layers.items()},
             "outer": {name: _outer_state(layer) for name, layer in self.layers.items()} if self.method.nested else {},
             "starts": {name: layer.start_state() for name, layer in self.layers.items()},
+            "biases": {name: layer.lora_bias for name, layer in self.layers.items() if layer.lora_bias is not None},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
             "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
             "method": self.method.state_dict(),
@@ -207,7 +216,9 @@ class AdapterContents:
         Raises: ValueError (other modules or shapes, another start, a field that is missing or unknown); nothing has changed then. Where
             there are no statistics or starts, as in states from before there were such, every module has none.
         """
-        state = {field: {name: {} for name in self.layers} for field in ("statistics", "starts")} | state
+        state = (
+            {field: {name: {} for name in self.layers} for field in ("statistics", "starts")} | {"biases": {}} | state
+        )
         if state.keys() != _FIELDS:
             different = sorted(state.keys() ^ _FIELDS)
             raise ValueError(
@@ -227,6 +238,7 @@ class AdapterContents:
             "parked": self.layers,
             "statistics": self.layers,
             "starts": self.layers,
+            "biases": self.state_dict()["biases"],
             "outer": self.layers if self.method.nested else {},
             "method": self.method.state_dict(),
         }
@@ -236,6 +248,8 @@ class AdapterContents:
                 raise ValueError(
                     f"load_state_dict: {field} must have the adapter's entries, got a difference in {different[:5]}"
                 )
+        for name, bias in state["biases"].items():
+            io.check_bias("load_state_dict", name, bias, self.layers[name])
         for name, layer in self.layers.items():
             scaling = state["scalings"][name]
             if not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
@@ -258,6 +272,7 @@ class AdapterContents:
             self.layers[name].weighting = _like(outer["weighting"], self.layers[name])
         for name, start in state["starts"].items():
             self.layers[name].take_start(start)
+        self._take_biases(state["biases"])
         with torch.no_grad():
             for name, pair in factors.items():
                 for factor, values in pair.items():

@@ -55,6 +55,9 @@ def check_finite(adapter) -> None:
         for name, layer in adapter.layers.items()
         for factor, values in zip(layer.pair.factor_names, layer.pair.whole_rows(), strict=True)
     ]
+    parts += [
+        (f"{name}: lora_bias", layer.lora_bias) for name, layer in adapter.layers.items() if layer.lora_bias is not None
+    ]
     for name, module in adapter.saved.items():
         parts += [(f"{name}: {key}", parameter) for key, parameter in module.named_parameters()]
     for where, tensor in parts:

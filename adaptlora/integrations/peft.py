@@ -17,8 +17,10 @@ class PeftHandle:
         it; an optimizer without these factors), TypeError (an optimizer whose state cannot follow).
     """
 
-    def __init__(self, model, adapter_name: str | None, optimizer=None):
+    def __init__(self, model, adapter_name: str | None, optimizer=None, *, op: str = "shear"):
         from peft.tuners.lora import LoraLayer
+
+        self._op = op
 
         active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
         self.model = model
@@ -26,26 +28,26 @@ class PeftHandle:
         self.config = model.peft_config.get(self.adapter_name)
         if self.config is None or self.config.peft_type != "LORA":
             found = "none of it" if self.config is None else str(self.config.peft_type)
-            raise ValueError(f"shear: adapter {self.adapter_name!r} must be a LoRA adapter of the model, got {found}")
+            raise ValueError(f"{op}: adapter {self.adapter_name!r} must be a LoRA adapter of the model, got {found}")
         self.layers = {
             name: module
             for name, module in model.get_base_model().named_modules()
             if isinstance(module, LoraLayer) and self._names(module) & {self.adapter_name}
         }
         if not self.layers:
-            raise ValueError(f"shear: adapter {self.adapter_name!r} must have layers in the model, got none")
+            raise ValueError(f"{op}: adapter {self.adapter_name!r} must have layers in the model, got none")
         reason = peft_config.changed_base(vars(self.config))
         if reason is not None:
-            raise ValueError(f"shear: adapter {self.adapter_name!r}: {reason}")
+            raise ValueError(f"{op}: adapter {self.adapter_name!r}: {reason}")
         owners: dict[int, str] = {}
         for name, layer in self.layers.items():
             self._check(name, layer)
             for factor in self._factors(name):
                 other = owners.setdefault(factor.data_ptr(), name)
                 if other != name:
-                    raise ValueError(f"shear: {name} must have factors of its own, got those of {other}")
+                    raise ValueError(f"{op}: {name} must have factors of its own, got those of {other}")
         factors = [factor for name in self.layers for factor in self._factors(name)]
-        self._followers = Followers("shear", optimizer, factors)
+        self._followers = Followers(op, optimizer, factors)
 
     @staticmethod
     def _names(layer) -> set[str]:
@@ -53,20 +55,20 @@ class PeftHandle:
 
     def _check(self, name: str, layer) -> None:
         if layer.merged:
-            raise ValueError(f"shear: {name} must not be merged (unmerge_adapter() first)")
+            raise ValueError(f"{self._op}: {name} must not be merged (unmerge_adapter() first)")
         from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 
         variant = getattr(layer, "lora_variant", {}).get(self.adapter_name)
         plain = self.adapter_name in layer.lora_A and type(layer.lora_A[self.adapter_name]) is nn.Linear
         if variant is not None or not plain or isinstance(layer, (MultiheadAttention, ParamWrapper)):
             found = type(variant).__name__ if variant is not None else type(layer.get_base_layer()).__name__
-            raise ValueError(f"shear: {name} must be a plain LoRA of a linear layer, got {found}")
+            raise ValueError(f"{self._op}: {name} must be a plain LoRA of a linear layer, got {found}")
         lora_A, lora_B = self._factors(name)
         rank, expected = layer.r[self.adapter_name], [layer.in_features, layer.out_features]
         if is_sharded(lora_A) or [*lora_A.shape, *lora_B.shape] != [rank, expected[0], expected[1], rank]:
             shapes = f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
             rule = f"whole factors ({rank}, {expected[0]}) and ({expected[1]}, {rank})"
-            raise ValueError(f"shear: {name} must have {rule}, got {shapes}{' of DTensors' * is_sharded(lora_A)}")
+            raise ValueError(f"{self._op}: {name} must have {rule}, got {shapes}{' of DTensors' * is_sharded(lora_A)}")
 
     def _factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         layer = self.layers[name]

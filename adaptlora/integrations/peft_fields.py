@@ -11,7 +11,6 @@ _SAME = (
     "layers_pattern",
     "use_rslora",
     "lora_bias",
-    "bias",
     "rank_pattern",
     "alpha_pattern",
 )

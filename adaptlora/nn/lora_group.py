@@ -51,7 +51,7 @@ class LoraGroup(nn.Module):
         dropout_p, *others = (layer.dropout_p if layer.training else 0.0 for layer in self.layers)
         if any(p != dropout_p for p in others):
             raise ValueError(f"LoraGroup: the layers must have one dropout_p, got {[dropout_p, *others]}")
-        return lora_group(
+        ys = lora_group(
             x,
             [layer.weight.t() if layer.fan_in_fan_out else layer.weight for layer in self.layers],
             [layer.bias for layer in self.layers],
@@ -60,3 +60,4 @@ class LoraGroup(nn.Module):
             scalings=[layer.scaling for layer in self.layers],
             dropout_p=dropout_p,
         )
+        return [layer.biased(y) for layer, y in zip(self.layers, ys, strict=True)]

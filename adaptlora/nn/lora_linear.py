@@ -10,7 +10,7 @@ from .residual import ResidualLinear
 
 class LoraLinear(ResidualLinear):
     """
-    y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with W and bias frozen          [LoRA, arXiv:2106.09685, eq. 3]
+    y = x Wᵀ + bias + scaling · (drop(x) Aᵀ Bᵀ + lora_bias) with W and bias frozen          [LoRA, arXiv:2106.09685, eq. 3]
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D, with or without bias, float32, bfloat16, float16 or float64; or a quantised
@@ -19,7 +19,8 @@ class LoraLinear(ResidualLinear):
         scaling: number; lora_alpha / r for plain LoRA.
         dropout_p: probability in [0, 1), while training.
         capacity, generator: see `RankedPair`.
-    The factors, lora_A (R, K) and lora_B (N, R), are float64 for a float64 base, else float32.
+    The factors, lora_A (R, K) and lora_B (N, R), are float64 for a float64 base, else float32; so is lora_bias (N,), which there is
+    after `add_lora_bias`.
     Raises: TypeError (base_layer of another kind or dtype), ValueError (r, capacity, scaling, dropout_p).
     """
 
@@ -99,7 +100,13 @@ class LoraLinear(ResidualLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         lora_A, lora_B = self._factors()
         dropout_p = self.dropout_p if self.training else 0.0
-        return adapted(self.base_layer, x, lora_A, lora_B, scaling=self.running_scaling, dropout_p=dropout_p)
+        return self.biased(
+            adapted(self.base_layer, x, lora_A, lora_B, scaling=self.running_scaling, dropout_p=dropout_p)
+        )
+
+    def biased(self, y: torch.Tensor) -> torch.Tensor:
+        """y + scaling · lora_bias, in y's dtype."""
+        return y if self.lora_bias is None else y + (self.running_scaling * self.lora_bias).to(y.dtype)
 
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_A.detach(), self.lora_B.detach()
