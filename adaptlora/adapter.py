@@ -17,6 +17,7 @@ from .distributed.distribution import Distribution, must_distribute
 from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
 from .nn import LoraLinear, linear_shape
+from .nn.grouping import Grouping
 from .ops._checks import check_finite_number
 from .optimizer_wrappers import check_wrappers, holding, unwrap
 from .ranks import commit_ranks
@@ -57,7 +58,9 @@ def _set_fused_encoders(model: nn.Module, names, fused: dict) -> None:
             module.activation_relu_or_gelu = 0
 
 
-def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=None) -> "Adapter":
+def attach(
+    model: nn.Module, config: LoraConfig, *, calibration=None, progress=None, group_projections: bool = True
+) -> "Adapter":
     """
     Put an adapter of `config`'s method on `model`, in place: chosen linear layers become `LoraLinear`, all else is frozen.
 
@@ -67,12 +70,15 @@ def attach(model: nn.Module, config: LoraConfig, *, calibration=None, progress=N
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
         progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
+        group_projections: compute modules that turn out to share their input (q, k and v; gate and up) by one op; see `nn.Grouping`.
     Raises: ValueError or TypeError (targets, patterns, budget, calibration, a model adapted already); the model is unchanged then.
     """
-    return _attach(model, config, calibration=calibration, progress=progress)
+    return _attach(model, config, calibration=calibration, progress=progress, group_projections=group_projections)
 
 
-def _attach(model: nn.Module, config: LoraConfig, *, whole=None, **options) -> "Adapter":
+def _attach(
+    model: nn.Module, config: LoraConfig, *, whole=None, group_projections: bool = True, **options
+) -> "Adapter":
     """`attach` of what is stored: full names of the modules trained whole, and frozen factors among the `Attachment`'s options."""
     check_config(config)
     targets = find_targets(model, config, whole)
@@ -99,7 +105,8 @@ def _attach(model: nn.Module, config: LoraConfig, *, whole=None, **options) -> "
     for name, module in {**layers, **trained}.items():
         _replace(model, name, module)
     _report_stacked(model, config)
-    return Adapter(model, config, layers, trained, saved, method, required)
+    groups = Grouping(layers if group_projections else {})
+    return Adapter(model, config, layers, trained, saved, method, required, groups)
 
 
 def _report_stacked(model: nn.Module, config: LoraConfig) -> None:
@@ -193,7 +200,7 @@ class Adapter(AdapterContents):
         saved: {module name: module} trained whole (modules_to_save).
     """
 
-    def __init__(self, model, config, layers, saved, originals, method, required):
+    def __init__(self, model, config, layers, saved, originals, method, required, groups: Grouping):
         self.model = model
         self.config = config
         self.layers: dict[str, LoraLinear] = layers
@@ -208,6 +215,8 @@ class Adapter(AdapterContents):
         self._seen: set[tuple] | None = None
         self._fused: dict[nn.Module, int] = {}
         _set_fused_encoders(model, layers, self._fused)
+        self._groups = groups
+        groups.start(model)
 
     def __repr__(self) -> str:
         ranks = list(self.ranks().values())
@@ -289,6 +298,7 @@ class Adapter(AdapterContents):
         for inner in stepping:
             if inner not in self._watched:
                 _watch(inner, self.method)
+                self._groups.watch(inner)
         self._watched.update([*around, *stepping])
 
     def _check_frozen(self) -> None:
@@ -382,6 +392,7 @@ class Adapter(AdapterContents):
         generator = torch.Generator().manual_seed(self.config.seed + self.method.t)
         pairs = {name: layer.pair for name, layer in self.layers.items()}
         commit_ranks(pairs, ranks, orders=self.method.orders, compact=compact, generator=generator, prepared=prepared)
+        self._groups.drop()
 
     def compact(self) -> None:
         """
@@ -514,7 +525,8 @@ class Adapter(AdapterContents):
     def summary(self) -> dict:
         """
         Sizes and state now, all counts of real storage: ranks, modules, average_rank, trainable_parameters (factors and modules_to_save),
-        adapter_parameters (factors), adapter_bytes, gradient_bytes, optimizer_bytes (of the factors), method, phase, t, t_p, t_c.
+        adapter_parameters (factors), adapter_bytes, gradient_bytes, optimizer_bytes (of the factors), method, phase, t, t_p, t_c; groups,
+        lists of the modules that are computed by one op, as the forward passes so far have shown them to share their input.
         """
         ranks = self.ranks()
         held = [layer.pair.nbytes() for layer in self.layers.values()]
@@ -532,6 +544,7 @@ class Adapter(AdapterContents):
             "t": self.method.t,
             "t_p": self.method.t_p,
             "t_c": self.method.t_c,
+            "groups": self._groups.groups(),
             **self.method.summary(),
         }
 
@@ -554,6 +567,7 @@ class Adapter(AdapterContents):
                 setattr(layer.base_layer, key, nn.Parameter(values, requires_grad=False))
             _replace(self.model, name, layer.base_layer)
         self._restore_fused_encoders()
+        self._groups.stop()
         return self.model
 
     def unmerge(self) -> nn.Module:
@@ -569,6 +583,7 @@ class Adapter(AdapterContents):
             _replace(self.model, name, layer)
         self._unmerged = None
         _set_fused_encoders(self.model, self.layers, self._fused)
+        self._groups.start(self.model)
         return self.model
 
     def _restore_fused_encoders(self) -> None:
@@ -588,6 +603,7 @@ class Adapter(AdapterContents):
             trained = next(self.saved[name].parameters(), None)
             _replace(self.model, name, module if trained is None else module.to(trained.device, trained.dtype))
         self._restore_fused_encoders()
+        self._groups.stop()
         self._distribution.close()
         _require_grad(self.model, self._required)
         self._attached = False

@@ -8,7 +8,7 @@ from .frozen import is_quantised
 from .lora_linear import LoraLinear
 
 
-def _shared(layer: LoraLinear) -> dict:
+def shared(layer: LoraLinear) -> dict:
     """What the layers of a group have in common."""
     return {
         "in_features": layer.in_features,
@@ -40,8 +40,8 @@ class LoraGroup(nn.Module):
                 raise TypeError(f"LoraGroup: layer {i} must be a LoraLinear, got {type(layer).__name__}")
             if is_quantised(layer.base_layer):
                 raise TypeError(f"LoraGroup: layer {i} must have a plain base, got a quantised one: call it alone")
-            for name, value in _shared(layer).items():
-                expected = _shared(layers[0])[name]
+            for name, value in shared(layer).items():
+                expected = shared(layers[0])[name]
                 if value != expected:
                     error = TypeError if name == "dtype" else ValueError
                     raise error(f"LoraGroup: layer {i} must have the {name} of layer 0, {expected}, got {value}")

@@ -21,8 +21,11 @@ class LoraLinear(ResidualLinear):
         capacity, generator: see `RankedPair`.
     The factors, lora_A (R, K) and lora_B (N, R), are float64 for a float64 base, else float32; so is lora_bias (N,), which there is
     after `add_lora_bias`.
+    Attributes: grouping: weak reference to the `Grouping` that asks siblings along, or None; copies have none.
     Raises: TypeError (base_layer of another kind or dtype), ValueError (r, capacity, scaling, dropout_p).
     """
+
+    grouping = None
 
     def __init__(self, base_layer: nn.Module, r: int, *, scaling=1.0, dropout_p=0.0, capacity=None, generator=None):
         super().__init__(base_layer, scaling=scaling, dropout_p=dropout_p)
@@ -98,6 +101,11 @@ class LoraLinear(ResidualLinear):
         return torch.cat([self.lora_A, correction[0]]), torch.cat([self.lora_B.t(), correction[1]]).t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grouping = None if self.grouping is None or torch.compiler.is_compiling() else self.grouping()
+        return self.alone(x) if grouping is None else grouping.output(self, x)
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """y, whatever siblings take the same x."""
         lora_A, lora_B = self._factors()
         dropout_p = self.dropout_p if self.training else 0.0
         return self.biased(
@@ -107,6 +115,9 @@ class LoraLinear(ResidualLinear):
     def biased(self, y: torch.Tensor) -> torch.Tensor:
         """y + scaling · lora_bias, in y's dtype."""
         return y if self.lora_bias is None else y + (self.running_scaling * self.lora_bias).to(y.dtype)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "grouping"}
 
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_A.detach(), self.lora_B.detach()
