@@ -21,6 +21,10 @@ CONFIGS = {
     "lalora": lambda: adaptlora.LaLoRAConfig(r=6, gamma=20.0, target_modules="all-linear"),
     "fisher": lambda: adaptlora.LaLoRAConfig(r=6, gamma=20.0, contribution="fisher", target_modules="all-linear"),
     "nora": lambda: adaptlora.NoRAConfig(r=3, r_out=8, target_modules="all-linear"),
+    "dylora": lambda: adaptlora.DyLoRAConfig(r=6, target_modules="all-linear"),
+    "pissa": lambda: adaptlora.NormALConfig(
+        r=3, target_r=2, t_p=3, t_c=5, init_lora_weights="pissa", target_modules="all-linear"
+    ),
     "adalora": lambda: _adalora("final"),
     "adalora update": lambda: _adalora("update"),
 }
