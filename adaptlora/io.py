@@ -124,7 +124,7 @@ def _check_bases(op: str, bases: dict[str, torch.Tensor], adapter) -> None:
     for name, tensor in bases.items():
         if name not in own:
             raise ValueError(
-                f"{op}: tensors must be lora_A, lora_B or belong to modules_to_save, or be the base model's own, got {name!r}"
+                f"{op}: tensors must be lora_A, lora_B or belong to modules_to_save, got {name!r}, which is not the base model's either"
             )
         if own[name].shape != tensor.shape or not torch.equal(own[name].cpu().to(tensor.dtype), tensor):
             raise ValueError(
