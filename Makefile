@@ -18,11 +18,12 @@ ASAN_ENV = LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(ASAN)/report UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(ASAN)/lib PYTEST_ADDOPTS="-o pythonpath=tests --capture=sys"
 
-.PHONY: help venv test asan demo demo-short demo-e2e data data-e2e data-forgetting bench bench-quick gpu gpu-check traffic op-behaviour lint clean
+.PHONY: help venv test asan demo demo-short demo-e2e examples data data-e2e data-forgetting bench bench-quick gpu gpu-check traffic op-behaviour lint clean
 
 help:
 	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
 	@echo "make demo-e2e    SmolLM2-135M + E2E: perplexity and BLEU before and after (11 minutes)"
+	@echo "make examples    the scripts of examples/ on random weights (a minute)"
 	@echo "make test        the whole test suite"
 	@echo "make asan        the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc; 10 minutes)"
 	@echo "make lint        ruff"
@@ -62,6 +63,11 @@ demo-short: data
 
 demo-e2e: data-e2e
 	$(BIN)/adaptlora finetune --preset e2e --output runs/e2e
+
+examples: venv
+	$(BIN)/python examples/nlu_encoder.py --tiny --steps 24
+	$(BIN)/python examples/causal_lm_4bit.py --tiny --steps 30 --lr 1e-2
+	$(BIN)/python examples/vit.py --tiny --steps 40
 
 # Workers of one thread each: two threads that share a core with other work wait for each other. Tests of what threads do set their own number.
 # A worker without work takes some from the other; tests/conftest.py has the slow tests first, so that none is left alone at the end.
