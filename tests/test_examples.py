@@ -1,14 +1,17 @@
 """The scripts of examples/, each run with --tiny for a few steps, and the blocks of docs/migrating.md."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
@@ -51,3 +54,34 @@ def test_vit(run, tmp_path):
     text = run("vit.py", "--steps", "12")
     assert "merged, without adaptlora" in text and "rank vectors" in text
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_the_guide_from_peft_runs_as_one_script(monkeypatch, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    loader = [{"input_ids": row, "labels": row} for row in torch.randint(0, 40, (8, 2, 7))]
+
+    def base_model():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+
+    def train(model, optimizer):
+        model.train()
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 8
+    monkeypatch.chdir(tmp_path)
+    names = {"base_model": base_model, "train": train, "loader": loader}
+    for block in blocks:
+        exec(compile(block, "docs/migrating.md", "exec"), names)
+    assert sum(ranks(tmp_path / "pruned")) == sum(ranks(tmp_path / "ours")) == 16
+    assert set(ranks(tmp_path / "padded")) == {8}
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    theirs = names["theirs"].eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**loader[0]).logits, theirs(**loader[0]).logits, rtol=1e-4, atol=1e-5)
