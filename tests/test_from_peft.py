@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Net, batch
+from numbered_model import Deep
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
@@ -14,44 +14,6 @@ from adaptlora import LoraConfig, NormALConfig
 from adaptlora.targets import find_targets
 
 DOUBLE = {"dtype": torch.float64}
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q = nn.Linear(8, 8)
-        self.mlp = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8, bias=False)])
-
-    def forward(self, x):
-        return x + self.mlp[1](torch.tanh(self.mlp[0](self.q(x))))
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-
-
-class Deep(nn.Module):
-    """Numbered layers, a Conv1D, and two modules of which the one's name ends as the other's."""
-
-    def __init__(self):
-        from transformers.pytorch_utils import Conv1D
-
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = Stack()
-        self.mix = Conv1D(8, 8)
-        self.pre_classifier = nn.Linear(8, 8)
-        self.classifier = nn.Linear(8, 3)
-        self.double()
-
-    def forward(self, x):
-        for layer in self.model.layers:
-            x = layer(x)
-        return self.classifier(torch.relu(self.pre_classifier(self.mix(x))))
-
-
 DEEP = Deep()
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), **DOUBLE)
 
@@ -416,69 +378,3 @@ def test_numbers_of_modules_to_save_are_looked_at(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="pre_classifier.bias must hold finite floating-point numbers"):
         adaptlora.load(Deep(), tmp_path)
-
-
-# lora_bias
-
-
-def test_a_bias_of_B_trains_merges_saves_and_stays_through_rank_changes(tmp_path):
-    model = Net(**DOUBLE)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["first"], lora_bias=True)
-    adapter = adaptlora.attach(model, config)
-    layer = adapter.layers["first"]
-    x, labels = batch(**DOUBLE)
-    plain = Net(**DOUBLE)(x)
-    torch.testing.assert_close(model(x), plain)
-    assert any(p is layer.lora_bias for p in adapter.parameters()) and not layer.lora_bias.any()
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
-    adapter.track(optimizer)
-    for _ in range(2):
-        nn.functional.cross_entropy(model(x), labels).backward()
-        optimizer.step()
-    moments = optimizer.state[layer.lora_bias]["exp_avg"].clone()
-    bias = layer.lora_bias.detach().clone()
-    assert bias.abs().min() > 0
-    expected = (
-        nn.functional.linear(x, layer.weight, layer.bias + layer.scaling * bias)
-        + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t()
-    )
-    torch.testing.assert_close(layer(x), expected)
-    adaptlora.shear(adapter, adaptlora.ClipConfig(target_r=2))
-    assert (
-        layer.rank == 2
-        and torch.equal(layer.lora_bias, bias)
-        and torch.equal(optimizer.state[layer.lora_bias]["exp_avg"], moments)
-    )
-    y, state = model(x), adapter.state_dict()
-    adapter.save(tmp_path)
-    other = adaptlora.attach(Net(**DOUBLE), config)
-    other.load_state_dict(state)
-    torch.testing.assert_close(other.model(x), y)
-    with pytest.raises(ValueError, match=r"load_state_dict: first: lora_bias must have shape \(17,\), got \(3,\)"):
-        other.load_state_dict(state | {"biases": {"first": bias[:3]}})
-    adapter.merge()
-    torch.testing.assert_close(model(x), y)
-    adapter.unmerge()
-    assert torch.equal(layer.bias, Net(**DOUBLE).first.bias) and torch.equal(model(x), y)
-    with pytest.raises(ValueError, match="first must have a bias of lora_B if lora_bias is True, here False, got one"):
-        adaptlora.attach(Net(**DOUBLE), LoraConfig(r=4, target_modules=["first"])).load(tmp_path)
-
-
-def test_a_bias_without_vectors_is_saved_and_one_over_no_bias_not_merged(tmp_path):
-    model = Net(**DOUBLE)
-    adapter = adaptlora.attach(model, LoraConfig(r=2, target_modules=["first", "second"], lora_bias=True))
-    with torch.no_grad():
-        for bias in adapter.biases():
-            bias.fill_(0.5)
-    adapter.replace_factors(
-        {"second": (adapter.layers["second"].lora_A, adapter.layers["second"].lora_B)}, {"second": 1.0}
-    )
-    x, _ = batch(**DOUBLE)
-    adapter.save(tmp_path)
-    with pytest.warns(peft.utils.warning.PeftWarning, match="lora_bias=True"):
-        again = peft.PeftModel.from_pretrained(Net(**DOUBLE), tmp_path, autocast_adapter_dtype=False)
-    torch.testing.assert_close(again(x), model(x))
-    with pytest.raises(ValueError, match="merge: base_layer must have a bias for lora_bias, got none in Linear"):
-        adapter.merge()
-    with pytest.raises(ValueError, match='save: lora_bias must be False for format="vllm"'):
-        adapter.save(tmp_path / "vllm", format="vllm")

@@ -103,24 +103,25 @@ class _AdapterHandle:
         self.adapter = adapter
 
     def modules(self) -> dict[str, LoraModule]:
-        factors = {name: layer.effective_factors() for name, layer in self.adapter.layers.items() if layer.rank}
-        return {
-            name: LoraModule(
-                name=name,
-                lora_A=lora_A,
-                lora_B=lora_B,
-                scaling=self.adapter.layers[name].scaling,
-                bias=None,
-                fan_in_fan_out=self.adapter.layers[name].fan_in_fan_out,
-                use_rslora=self.adapter.config.use_rslora,
-            )
-            for name, (lora_A, lora_B) in factors.items()
-        }
+        modules = {}
+        for name, layer in self.adapter.layers.items():
+            if layer.rank:
+                bias = None if layer.lora_bias is None else layer.lora_bias.detach()
+                flags = layer.fan_in_fan_out, self.adapter.config.use_rslora
+                modules[name] = LoraModule(name, *layer.effective_factors(), layer.scaling, bias, *flags)
+        return modules
 
     def weight(self, name: str) -> torch.Tensor:
         return dequantised_weight(self.adapter.layers[name].base_layer)
 
     def replace(self, sheared: list[Sheared]) -> None:
+        self._replace_factors(sheared)
+        with torch.no_grad():
+            for s in sheared:
+                if s.module.bias is not None:
+                    self.adapter.layers[s.module.name].lora_bias.copy_(s.module.bias if s.rank else 0.0)
+
+    def _replace_factors(self, sheared: list[Sheared]) -> None:
         adapter, modules = self.adapter, [s.module for s in sheared]
         if adapter.method.parks or any(s.kept is None for s in sheared):
             factors = {m.name: (m.lora_A, m.lora_B) for m in modules}
