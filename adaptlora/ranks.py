@@ -158,7 +158,14 @@ class RankedPair(nn.Module):
         return lora_A, lora_B.t()
 
     def whole_rows(self) -> list[torch.Tensor]:
-        """(capacity, ·) of every factor, rank-major: all vectors, the parked ones behind the active ones; views, without gradient."""
+        """
+        (capacity, ·) of every factor, rank-major: all vectors, the parked ones behind the active ones; without gradient, and views but
+        in a compiled graph.
+        """
+        if torch.compiler.is_compiling():
+            # What is traced cannot compare addresses.
+            rows = {name: factor_rows(name, self._parameters[name].detach()) for name in self.factor_names}
+            return [torch.cat([active, self._stores[name][self.rank :]]) for name, active in rows.items()]
         stores = []
         for name in self.factor_names:
             store = self._stores[name]

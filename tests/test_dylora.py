@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import Net, batch, bert_batch, randomise, task_loss, tiny_bert
 from test_lora_linear import FP64
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import adaptlora
 from adaptlora.methods.dylora import drawn_rank
@@ -281,6 +282,31 @@ def test_a_step_that_fails_is_made_again():
     adapter.model.train()
     adapter.step()
     assert adapter.ranks()["first"] == drawn_rank(0, 3, 1, R)
+
+
+def test_all_ranks_are_compiled_once():
+    """Once for training, and once for evaluation, which runs without gradients."""
+    losses = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        adapter, counter = attached(r=8, frozen=True, lora_bias=True), CompileCounterWithBackend("aot_eager")
+        optimizer, model = optimizer_for(adapter), adapter.model
+        run = torch.compile(model, fullgraph=True, backend=counter) if compiled else model
+        losses[compiled] = []
+        with adaptlora.dynamic_ranks(adapter):
+            for step in range(6):
+                x, labels = batch(dtype=FP64, seed=step)
+                loss = torch.nn.functional.cross_entropy(run(x), labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                adapter.step()
+                model.eval()
+                with torch.no_grad():
+                    losses[compiled] += [loss.detach(), torch.nn.functional.cross_entropy(run(x), labels)]
+                model.train()
+    assert counter.frame_count == 2
+    torch.testing.assert_close(losses[True], losses[False])
 
 
 def test_trainer_evaluates_all_vectors_and_resumes(tmp_path):

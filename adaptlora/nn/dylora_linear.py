@@ -41,16 +41,28 @@ class DyLoraLinear(LoraLinear):
 
     @property
     def running_scaling(self) -> float:
-        return self._scaling_at(self.rank) if self.training else self.scaling
+        if not self.training:
+            return self.scaling
+        return self.full_scaling if torch.compiler.is_compiling() else self._scaling_at(self.rank)
+
+    def _ratio(self) -> torch.Tensor:
+        """(r / b)^exponent as a tensor: a number that follows the rank would be compiled anew for each."""
+        return (self.full_rank / self.lora_A.new_ones(self.rank).sum()) ** self.exponent
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.training:
             return self.effective_factors()
-        if not self.frozen:
-            return self.lora_A, self.lora_B
-        last = self.rank - 1
-        lora_A, rows_B = (torch.cat([rows[:last].detach(), rows[last:]]) for rows in (self.lora_A, self.lora_B.t()))
-        return lora_A, rows_B.t()
+        lora_A, lora_B = self.lora_A, self.lora_B
+        if self.frozen:
+            last = self.rank - 1
+            lora_A, rows_B = (torch.cat([rows[:last].detach(), rows[last:]]) for rows in (lora_A, lora_B.t()))
+            lora_B = rows_B.t()
+        return (lora_A * self._ratio() if torch.compiler.is_compiling() else lora_A), lora_B
+
+    def biased(self, y: torch.Tensor) -> torch.Tensor:
+        if self.lora_bias is None or not (self.training and torch.compiler.is_compiling()):
+            return super().biased(y)
+        return y + (self.running_scaling * self._ratio() * self.lora_bias).to(y.dtype)
 
     def effective_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         lora_A, lora_B = self.pair.whole()
