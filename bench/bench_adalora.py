@@ -1,8 +1,8 @@
 """A training step of AdaLoRA, init_r = 12 and target_r = 4, at three places of its schedule; what it holds there; float32, AdamW.
 
 MiniLM: 8 texts of 64 tokens, 36 modules. Pruning begins after step 40 and ends with step 120, a choice every 10 steps: the average
-rank is 12 before it, 6.0 after step 70, 5.0 after 80, 4.1 after 100 and 4 from 120 on. PEFT masks what goes; `removal="final"` does so until the last
-choice, which removes; with "update" every choice removes.
+rank is 12 before it, 6.0 after step 70, 5.0 after 80, 4.1 after 100 and 4 from 120 on. PEFT masks what goes; `removal="final"` does so
+until the last choice, which removes; with "update" every choice removes.
 
 FLOPs of the factors: 6·M·R·Σ (K + N), M = 512, 1.5 G at R = 12 and 0.5 G at R = 4 beside the 21.7 G of the base products. PEFT makes
 B diag(E) A x in three products, and reads every parameter's gradient for its importance in a Python loop until the last choice. Numbers
