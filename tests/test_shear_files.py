@@ -441,7 +441,7 @@ def test_the_command_with_other_methods(options, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "best"], "shear: method must be one of norm, svd, taia, random, layer, module, got 'best'"),
+        (["--method", "best"], "shear: method must be one of norm, svd, clip, taia, random, layer, module, got 'best'"),
         (["--method", "svd"], "exactly one of rank, energy, ratio and budget must be given, got none"),
         (["--method", "svd", "--keep", "8"], "--keep must be rank=NUMBER, energy=PART or ratio=PART, got '8'"),
         (["--method", "svd", "--keep", "rank=x"], "--keep must be rank=NUMBER"),
