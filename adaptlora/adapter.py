@@ -16,8 +16,7 @@ from .config import LoraConfig
 from .distributed.distribution import Distribution, must_distribute
 from .distributed.processes import Processes
 from .methods import METHODS, Attachment, Method, NonFiniteError, check_config
-from .nn import LoraLinear, linear_shape
-from .nn.grouping import Grouping
+from .nn import Grouping, LoraLinear, linear_shape
 from .ops._checks import check_finite_number
 from .optimizer_wrappers import check_wrappers, holding, unwrap
 from .ranks import commit_ranks
@@ -59,7 +58,7 @@ def _set_fused_encoders(model: nn.Module, names, fused: dict) -> None:
 
 
 def attach(
-    model: nn.Module, config: LoraConfig, *, calibration=None, progress=None, group_projections: bool = True
+    model: nn.Module, config: LoraConfig, *, calibration=None, progress=None, group_projections: bool | None = None
 ) -> "Adapter":
     """
     Put an adapter of `config`'s method on `model`, in place: chosen linear layers become `LoraLinear`, all else is frozen.
@@ -70,14 +69,15 @@ def attach(
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
         progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
-        group_projections: compute modules that turn out to share their input (q, k and v; gate and up) by one op; see `nn.Grouping`.
+        group_projections: whether to compute modules that turn out to share their input (q, k and v; gate and up) by one op, which adds
+            their gradients for it up in another order (see `nn.Grouping`); None: on a GPU.
     Raises: ValueError or TypeError (targets, patterns, budget, calibration, a model adapted already); the model is unchanged then.
     """
     return _attach(model, config, calibration=calibration, progress=progress, group_projections=group_projections)
 
 
 def _attach(
-    model: nn.Module, config: LoraConfig, *, whole=None, group_projections: bool = True, **options
+    model: nn.Module, config: LoraConfig, *, whole=None, group_projections: bool | None = None, **options
 ) -> "Adapter":
     """`attach` of what is stored: full names of the modules trained whole, and frozen factors among the `Attachment`'s options."""
     check_config(config)
@@ -105,7 +105,7 @@ def _attach(
     for name, module in {**layers, **trained}.items():
         _replace(model, name, module)
     _report_stacked(model, config)
-    groups = Grouping(layers if group_projections else {})
+    groups = Grouping(layers, group_projections)
     return Adapter(model, config, layers, trained, saved, method, required, groups)
 
 

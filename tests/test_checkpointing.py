@@ -147,8 +147,7 @@ def test_trainer(config, tmp_path):
             "La-LoRA": adaptlora.LaLoRAConfig(r=6, gamma=2.0, **shared),
             "NoRA": adaptlora.NoRAConfig(r=4, r_out=8, **shared),
         }[config]
-        # Layers compute alone under checkpointing, and a group's dx is added up in another order.
-        adapter = adaptlora.attach(model, method, group_projections=False)
+        adapter = adaptlora.attach(model, method)
         rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
         arguments = transformers.TrainingArguments(
             tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, use_cpu=True,

@@ -51,6 +51,17 @@ def test_groups_of_known_models(name, computed):
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_by_default_there_are_groups_on_a_gpu(device):
+    """Wherever the model is when it runs: it had its adapter before it was moved."""
+    adapter = attached(Tower(Attention(dtype=torch.float32)), group=None)
+    adapter.model.to(device)
+    x = x_of(dtype=torch.float32).to(device)
+    expected = adapter.model(x)
+    torch.testing.assert_close(adapter.model(x), expected)
+    assert suffixes(adapter) == ([("q", "k", "v")] if device == "cuda" else [])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_step_is_to_the_bit_what_it_is_alone(dropout, monkeypatch, computed):
     """On the reference path, but for dx, whose parts are added up in another order; random numbers included."""
@@ -166,12 +177,17 @@ def test_merging_and_detaching_drop_them(computed):
 
 
 def test_sharded_bases_have_none(computed):
+    """Sharded after they were found: their weights are no parameters of the module then."""
     grouped = attached()
-    grouped.model(x_of())
-    grouped.model[0].k.base_layer._is_fsdp_managed_module = True
-    expected = grouped.model(x_of())
-    assert not computed and grouped.summary()["groups"] == []
-    torch.testing.assert_close(grouped.model(x_of()), expected, atol=0, rtol=0)
+    expected = [grouped.model(x_of()) for _ in range(2)]
+    count = len(computed)
+    for block in grouped.model:
+        base = block.k.base_layer
+        weight = base._parameters.pop("weight")
+        base.weight, base._is_fsdp_managed_module = weight.detach(), True
+    for _ in range(2):
+        torch.testing.assert_close(grouped.model(x_of()), expected[0], atol=1e-12, rtol=1e-12)
+    assert len(computed) == count and grouped.summary()["groups"] == [] and grouped.model[0].q.grouping is None
 
 
 METHODS = {

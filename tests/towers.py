@@ -31,7 +31,7 @@ class Tower(nn.Sequential):
         super().__init__(*(blocks or (Attention(), Attention())))
 
 
-def attached(model=None, group=True, **fields):
+def attached(model=None, group: bool | None = True, **fields):
     torch.manual_seed(0)
     model = Tower() if model is None else model
     adapter = adaptlora.attach(model, adaptlora.LoraConfig(**CONFIG | fields), group_projections=group)

@@ -3,6 +3,7 @@
 from .adalora_linear import AdaLoraLinear
 from .dylora_linear import DyLoraLinear
 from .frozen import dequantised_weight, is_conv1d, is_linear, is_quantised, linear_shape
+from .grouping import Grouping
 from .lora_group import LoraGroup
 from .lora_linear import LoraLinear
 from .nora_linear import NoRALinear, Outer, nora_serial_ref
@@ -10,6 +11,7 @@ from .nora_linear import NoRALinear, Outer, nora_serial_ref
 __all__ = [
     "AdaLoraLinear",
     "DyLoraLinear",
+    "Grouping",
     "LoraGroup",
     "LoraLinear",
     "NoRALinear",

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ..ops.lora_delta import autocasts
 from .frozen import is_quantised, is_sharded
 from .lora_group import LoraGroup, shared
 from .lora_linear import LoraLinear
@@ -17,22 +16,48 @@ _WASTED = 2  # for a result with an output that nobody asked for; one that was u
 _TOLERATED = 6
 
 
-def _mark(tensor: torch.Tensor | None) -> tuple | None:
-    """What is another one once a tensor is replaced or written to."""
-    if tensor is None:
-        return None
-    version = None if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version, tensor.requires_grad
+# Looked up once: what follows runs for every layer and forward pass, and is all that a group costs.
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_grad_enabled, _inference_mode, _autocast = (
+    torch.is_grad_enabled,
+    torch.is_inference_mode_enabled,
+    torch.is_autocast_enabled,
+)
 
 
 def _layer_state(layer: LoraLinear) -> tuple | None:
-    """All that y depends on beside x; None for a layer that must compute alone now."""
-    base = layer.base_layer
-    if type(base.weight) is not nn.Parameter or layer.lora_A.is_inference():
+    """
+    All that y depends on beside x, but for values that somebody changed behind autograd's back; None for a layer that must compute alone:
+    its weight is no plain parameter, as under FSDP, or a tensor does not tell that it was written to.
+    """
+    modules = layer._modules
+    base, pair = modules["base_layer"]._parameters, modules["pair"]._parameters  # past nn.Module.__getattr__
+    weight, bias, lora_bias = base.get("weight"), base.get("bias"), layer._parameters["lora_bias"]
+    lora_A, lora_B = pair["lora_A"], pair["lora_B"]
+    if type(weight) is not nn.Parameter or weight.is_inference() or lora_A.is_inference() or lora_B.is_inference():
         return None
-    tensors = (base.weight, base.bias, layer.lora_A, layer.lora_B, layer.lora_bias)
-    dropout_p = layer.dropout_p if layer.training else 0.0
-    return layer.rank, layer.scaling, dropout_p, *map(_mark, tensors)
+    return (
+        # what a group's layers have in common comes first
+        layer.dropout_p if layer.training else 0.0,
+        weight.dtype,
+        weight.device,
+        layer.scaling,
+        lora_A.size(0),
+        weight.data_ptr(),
+        weight._version,
+        bias is None or (bias.data_ptr(), bias._version),
+        id(lora_A),
+        lora_A.data_ptr(),
+        lora_A._version,
+        lora_A.requires_grad,
+        id(lora_B),
+        lora_B.data_ptr(),
+        lora_B._version,
+        lora_B.requires_grad,
+        lora_bias is None or (id(lora_bias), lora_bias.data_ptr(), lora_bias._version, lora_bias.requires_grad),
+    )
 
 
 def _x_state(x: torch.Tensor) -> tuple | None:
@@ -40,21 +65,24 @@ def _x_state(x: torch.Tensor) -> tuple | None:
     What decides how y is made of this x, its values included; None where every layer must compute alone.
 
     That is: under hooks for what autograd saves, for activation checkpointing compares what forward and recomputation save; where modes,
-    transforms or traces see the ops one by one; and for inference tensors, which do not tell that they were written to.
+    transforms or traces see the ops one by one; for inference tensors, which do not tell that they were written to; and on devices without
+    kernels.
     """
     if (
         type(x) is not torch.Tensor
+        or not (x.is_cpu or x.is_cuda)
         or x.is_inference()
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or _saved_tensors_hooks(False) is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _tracing() is not None
         or forward_ad._current_level >= 0
     ):
         return None
-    autocast = torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
-    return x._version, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    kind = "cpu" if x.is_cpu else "cuda"
+    autocast = torch.get_autocast_dtype(kind) if _autocast(kind) else None
+    return x._version, x.requires_grad, _grad_enabled(), _inference_mode(), autocast
 
 
 def _generator_state(device: torch.device) -> bytes | None:
@@ -76,14 +104,16 @@ class _Group:
 
     def compute(self, x: torch.Tensor, epoch: int) -> "_Pending | None":
         """All outputs for x; None where the layers must compute alone, or where the first one has something to say against x."""
-        states, of_x = [_layer_state(layer) for layer in self.layers], _x_state(x)
-        if of_x is None or None in states or any(state[2] != states[0][2] for state in states):
+        of_x = _x_state(x)
+        if of_x is None:
             return None
-        weights = [layer.weight for layer in self.layers]
-        first = weights[0]
-        if (x.dtype != first.dtype and of_x[-1] is None) or x.dim() == 0 or x.shape[-1] != self.layers[0].in_features:
+        states = [_layer_state(layer) for layer in self.layers]
+        if None in states or any(state[:3] != states[0][:3] for state in states):
             return None
-        if x.device != first.device or any(w.dtype != first.dtype or w.device != first.device for w in weights):
+        _, dtype, device = states[0][:3]
+        if x.device != device or (x.dtype != dtype and of_x[-1] is None):
+            return None
+        if x.dim() == 0 or x.shape[-1] != self.layers[0].in_features:
             return None
         return _Pending(self, x, of_x, states, self.together.forward(x), epoch)
 
@@ -123,6 +153,7 @@ class _Pass:
     def __init__(self, mode: _Mode, dropout: bool, observing: bool):
         self.mode, self.dropout, self.observing = mode, dropout, observing
         self.pending: _Pending | None = None
+        self.refused = False
         self.runs: list[list[LoraLinear]] = []
         self._last = None
 
@@ -183,11 +214,17 @@ class Grouping:
     one node in the graph, so that a backward pass through one of them frees what the others' need (retain_graph=True keeps it).
     With dropout only layers between whose calls nobody draws random numbers are grouped, and draw what they would draw alone.
 
-    Args: layers: {name: layer} of all adapted layers; {} for no groups.
+    A resumed training, whose first forward pass finds the groups anew, is therefore not the uninterrupted one to the last bit; on a CPU,
+    where a group gains little, there are none unless one asks for them.
+
+    Args:
+        layers: {name: layer} of all adapted layers.
+        enabled: True or False; None for layers on a GPU only.
     Copies and pickles have no layers and do nothing.
     """
 
-    def __init__(self, layers: dict[str, nn.Module]):
+    def __init__(self, layers: dict[str, nn.Module], enabled: bool | None = None):
+        self._enabled = enabled
         self._names = {layer: name for name, layer in layers.items()}
         self._parents: dict[LoraLinear, str] = {}
         self._handles = []
@@ -200,6 +237,8 @@ class Grouping:
 
     def start(self, model: nn.Module) -> None:
         """Find siblings that may share an x, and watch the model's forward passes; nothing where there are none."""
+        if self._enabled is False:
+            return
         siblings: dict[tuple, list[LoraLinear]] = {}
         for layer, name in self._names.items():
             if type(layer) is LoraLinear and not is_quantised(layer.base_layer) and not is_sharded(layer.base_layer):
@@ -253,13 +292,14 @@ class Grouping:
     def _enter(self, *_) -> None:
         if torch.compiler.is_compiling() or not self._parents:
             return
-        if any(is_sharded(layer.base_layer) for layer in self._parents):
-            self.stop()
+        # One that an exception which hooks are not told of has left behind goes here.
+        self._local.running = None
+        # looked at now, for a model may be moved when it has its adapter
+        if self._enabled is None and not next(iter(self._parents)).weight.is_cuda:
             return
         dropout = any(layer.training and layer.dropout_p for layer in self._parents)
         mode = self._modes[dropout]
         observing = mode.observed < _OBSERVED and not self._parents.keys() <= mode.seen
-        # One that an exception which hooks are not told of has left behind goes here.
         self._local.running = _Pass(mode, dropout, observing)
 
     def _leave(self, module, args, result) -> None:
@@ -271,6 +311,9 @@ class Grouping:
             return
         if running.pending is not None:
             running.pending.group.wasted += _WASTED
+        if running.refused and any(is_sharded(layer.base_layer) for layer in self._parents):
+            self.stop()
+            return
         with self._lock:
             if running.observing:
                 self._learn(running)
@@ -282,7 +325,7 @@ class Grouping:
         mode = running.mode
         mode.observed += 1
         for first, run in _common_prefixes(running.runs).items():
-            if len(run) > 1 and first not in mode.seen:
+            if len(run) > 1 and first not in mode.seen and not any(is_sharded(layer.base_layer) for layer in run):
                 mode.groups[first] = _Group(run)
         mode.seen.update(layer for run in running.runs for layer in run)
 
@@ -304,6 +347,7 @@ class Grouping:
         group = running.mode.groups.get(layer)
         pending = None if group is None else group.compute(x, self._epoch)
         if pending is None:
+            running.refused = running.refused or group is not None
             return running.alone(layer, x, self._parents)
         running.interrupted()
         running.pending = pending
