@@ -184,6 +184,24 @@ def run_delta(made: dict, p: float, seed, need=(True,) * 4) -> dict:
     return {"y": y, "S": s, **dict(zip(GRADIENTS, grads, strict=True))}
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_backward_without_x_or_S(p):
+    """What no wanted gradient is made of may be missing, and changes nothing."""
+    _, seed = mask(1, 1, p)
+    made = inputs((33, 63, 65, 13), torch.float32, torch.float32, ("contiguous",) * 5)
+    x, weight, A, B, E, dy = (made[name] for name in ("x", "weight", "A", "B", "E", "dy"))
+    S, options = torch.randn(33, 13, device=DEVICE), (A, B, E, SCALING, p, threshold(p), seed)
+    for backward, of in ((lora_linear.lora_linear_backward, (weight,)), (lora_delta.lora_delta_backward, ())):
+        for kept, need in (
+            ((None, S), (True, False, True, True)),
+            ((x, None), (True, True, False, False)),
+            ((None, None), (True, False, False, False)),
+        ):
+            found = backward(dy, kept[0], *of, kept[1], *options, *need)
+            for mine, whole, needed in zip(found, backward(dy, x, *of, S, *options, *need), need, strict=True):
+                assert torch.equal(mine, whole) if needed else mine is None
+
+
 def delta_inputs(sizes, dtype, factor_dtype, layout) -> dict:
     made = inputs(sizes, dtype, factor_dtype, (layout,) * 5)
     y = torch.randn(sizes[0], sizes[2], device=DEVICE).to(dtype)
