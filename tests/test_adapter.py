@@ -218,7 +218,7 @@ def test_peft_models_and_peft_configurations_are_refused():
     with pytest.raises(
         TypeError,
         match="config must be one of adaptlora's LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig, "
-        "AdaLoRAConfig, got peft",
+        "AdaLoRAConfig, DyLoRAConfig, got peft",
     ):
         adaptlora.attach(Net(), config)
     with pytest.raises(ValueError, match="model must not be adapted already; 'base_model.model.first' is a Linear"):

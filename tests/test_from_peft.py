@@ -211,7 +211,7 @@ def test_flags_and_modes_stay():
     model = of_peft(lora_dropout=0.5, lora_bias=True, modules_to_save=["classifier"])
     model.train()
     layers = lora_layers(model)
-    layers["model.layers.0.q"].eval()
+    layers["model.layers.0.q"].lora_dropout["default"].eval()
     layers["model.layers.1.q"].lora_A["default"].weight.requires_grad_(False)
     base = model.get_base_model()
     base.mix.weight.requires_grad_(True)
