@@ -68,7 +68,7 @@ def attach(
         config: LoraConfig, NormALConfig, LaLoRAConfig, NoRAConfig, AdaLoRAConfig, DyLoRAConfig.
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
-        progress: called with (modules done, modules in all) where the start takes long (NoRA's factorizations).
+        progress: called with (modules done, modules in all) where the start takes long (factorizations for NoRA, PiSSA, MiLoRA).
         group_projections: whether to compute modules that turn out to share their input (q, k and v; gate and up) by one op, which adds
             their gradients for it up in another order (see `nn.Grouping`); None: on a GPU.
     Raises: ValueError or TypeError (targets, patterns, budget, calibration, a model adapted already); the model is unchanged then.

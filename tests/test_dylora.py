@@ -247,7 +247,7 @@ def test_a_run_resumes_exactly(frozen, compacted, tmp_path):
     adaptlora.load_checkpoint(path, resumed, optimizer)
     assert resumed.method.evaluated == 2 and resumed.method.final is compacted
     train(resumed, optimizer, 4)
-    assert resumed.ranks() == through.ranks()
+    assert resumed.ranks() == through.ranks() and resumed.method.largest_ranks() == through.method.largest_ranks()
     for name, layer in through.layers.items():
         assert all(map(torch.equal, layer.pair.whole(), resumed.layers[name].pair.whole()))
         assert (layer.scaling, layer.running_scaling) == (

@@ -31,7 +31,8 @@ class DyLoRA(Method):
             raise ValueError(f"DyLoRA: r_min must be at most the largest rank of a module, {most}, got {config.r_min}")
         self.final = False
         self.evaluated: int | None = None
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # views of frozen vectors, and their values before the step
+        # views of frozen vectors, and their values before the step
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @classmethod
     def build(cls, config: DyLoRAConfig, attachment) -> dict[str, DyLoraLinear]:
@@ -147,7 +148,9 @@ class DyLoRA(Method):
     def check_state(self, state: dict) -> None:
         evaluated, full = state["evaluated"], state["full"]
         if type(state["t"]) is not int or type(state["final"]) is not bool or type(evaluated) not in (int, type(None)):
-            raise ValueError(f"method's t, final and evaluated must be a number, a bool and a rank or None, got {state!r}")
+            raise ValueError(
+                f"method's t, final and evaluated must be a number, a bool and a rank or None, got {state!r}"
+            )
         if not isinstance(full, dict) or full.keys() != self.layers.keys():
             raise ValueError(f"method's full must be of this adapter's modules, got {full!r}")
         for name, entry in full.items():

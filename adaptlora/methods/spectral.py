@@ -48,7 +48,7 @@ def spectral_starts(config, attachment, sizes: dict[str, tuple[int, float]]) -> 
     """
     {module: (A_0 (r, K), B_0 (N, r))} with scaling · B_0 A_0 = Σ σ_i u_i v_iᵀ over the r leading triplets of W ("pissa") or the r
     trailing ones ("milora"), the largest first: A_0 = √(σ/scaling) vᵀ, B_0 = u √(σ/scaling).   [PiSSA, arXiv:2404.02948, eq. 2–4;
-    MiLoRA, arXiv:2406.09044, eq. 4–7]
+    MiLoRA, arXiv:2406.09044, eq. 4–7]  Where W has a lower rank, so that σ = 0, both factors are zero and neither has a gradient.
 
     Args: sizes: {module: (r, scaling)}.
     Raises: ValueError (r above min(N, K), a module of two names, weights that are not finite or not whole).
