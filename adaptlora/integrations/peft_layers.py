@@ -133,6 +133,13 @@ class _Accelerated:
         y = y.to(dtype)
         return y if tokens.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
+    def _get_name(self) -> str:
+        # What code that looks for PEFT's layers in a repr knows.
+        return type(self).__name__.removeprefix("Accelerated")
+
+    def extra_repr(self) -> str:
+        return "accelerated"
+
     def _active(self, x) -> list[str]:
         """Active adapters that the layer has; none where one of them, or x, is for PEFT's forward."""
         if self.disable_adapters or self.merged or _left_to_torch(x):
