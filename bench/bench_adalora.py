@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from harness import peak_bytes
-from providers import ALPHA, LINEARS, Ours, Trained, batch_for, frozen_step, load, shared_copy
+from providers import ALPHA, LINEARS, AdaLora, Ours, batch_for, frozen_step, load, shared_copy
 
 import adaptlora
 
@@ -27,19 +27,7 @@ FLOOR_NAME = "PEFT AdaLoRA"
 MIB = 2**20
 
 
-class PeftAda(Trained):
-    """PEFT's AdaLoraModel itself: a PeftModel without a task type calls what is in it, and leaves out the penalty."""
-
-    def __init__(self, model, config):
-        tuner = peft.get_peft_model(model, config).base_model
-        # As PEFT's own training does, with the rank that the layer divides by among them.
-        super().__init__(tuner, (p for p in tuner.parameters() if p.requires_grad))
-        self.steps = 0
-
-    def after_step(self):
-        self.steps += 1
-        self.model.update_and_allocate(self.steps)
-
+class PeftAda(AdaLora):
     def layers(self) -> dict:
         """{module name in the bare model: PEFT's layer}"""
         return {name: module for name, module in self.model.model.named_modules() if hasattr(module, "ranknum")}

@@ -100,8 +100,8 @@ class Trained:
 
 
 class Ours(Trained):
-    def __init__(self, model, config):
-        self.adapter = adaptlora.attach(model, config)
+    def __init__(self, model, config, **options):
+        self.adapter = adaptlora.attach(model, config, **options)
         super().__init__(model, self.adapter.parameters())
         self.adapter.track(self.optimizer)
 
@@ -130,14 +130,17 @@ class Peft(Trained):
 
 
 class AdaLora(Trained):
+    """PEFT's AdaLoraModel itself: a PeftModel without a task type calls what is in it, and leaves out the penalty."""
+
     def __init__(self, model, config):
-        model = peft.get_peft_model(model, config)
-        super().__init__(model, (p for p in model.parameters() if p.requires_grad))
+        tuner = peft.get_peft_model(model, config).base_model
+        # As PEFT's own training does, with the rank that the layer divides by among them.
+        super().__init__(tuner, (p for p in tuner.parameters() if p.requires_grad))
         self.steps = 0
 
     def after_step(self):
         self.steps += 1
-        self.model.base_model.update_and_allocate(self.steps)
+        self.model.update_and_allocate(self.steps)
 
 
 class MaskedNormal(Trained):
