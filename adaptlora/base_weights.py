@@ -16,6 +16,10 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _HEADS = ("lm_head", "embed_out", "output_layer", "proj_out", "predictions.decoder")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+# Classes of transformers without an output head, whatever their configuration says of tying.
+_HEADLESS = re.compile(
+    r".*For(Sequence|Token|Image|Audio)Classification|.*For(QuestionAnswering|MultipleChoice)|.*(?<!LMHead)(?<!DoubleHeads)Model"
+)
 # transformers.pytorch_utils.Conv1D: the weight is (K, N), whatever PEFT's one flag for a mixed model says.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -79,10 +83,15 @@ class BaseWeights:
         return {name: min(keys) for name, keys in found.items()}
 
     def is_tied(self, name: str) -> bool:
-        """Whether the module is an output head whose weight is, or is loaded as, the input embedding's."""
-        key = self.find([name])[name]
+        """Whether the module is an output head or an input embedding whose weight is, or is loaded as, that of the other."""
         tied = self.config.get("tie_word_embeddings", self._text_config().get("tie_word_embeddings"))
-        return _ends_with(name, _HEADS) and (tied is True or _ends_with(key.removesuffix(".weight"), _EMBEDDINGS))
+        if _ends_with(name, _HEADS):
+            keys = {key.removesuffix(".weight") for key in self._candidates(name)}
+            return tied is True or any(_ends_with(key, _EMBEDDINGS) for key in keys)
+        if _ends_with(name, _EMBEDDINGS):
+            tied = tied is True or (self._may_tie() and not self._stores_head())
+            return _ends_with(name, ("shared",)) or (tied and not self._is_headless())
+        return False
 
     def is_transposed(self, key: str, fan_in_fan_out: bool = False) -> bool:
         """Whether the weight is stored as (K, N): `fan_in_fan_out`, unless the model is known to use Conv1D or not to, here."""
@@ -139,6 +148,12 @@ class BaseWeights:
     def _may_tie(self) -> bool:
         # transformers' older files leave the field out where the model's default is to tie
         return self.config.get("tie_word_embeddings", self._text_config().get("tie_word_embeddings", True)) is not False
+
+    def _is_headless(self) -> bool:
+        return any(_HEADLESS.fullmatch(str(name)) for name in self.config.get("architectures") or ())
+
+    def _stores_head(self) -> bool:
+        return any(_ends_with(key.removesuffix(".weight"), _HEADS) for key in self.entries)
 
     def _text_config(self) -> dict:
         return self.config.get("text_config") or {}

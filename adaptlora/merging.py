@@ -53,8 +53,8 @@ def write_merged(base: BaseWeights, modules: Iterable[LoraModule], out, saved: d
     trained whole, in the place of those of the same names.
 
     Memory holds one shard at most. Other tensors, shards and files (config.json, tokenizer, …) are copied; weights in other formats
-    are not. `out` is filled under a temporary name and renamed. A head tied to the embedding is refused: its update would
-    change the embedding as well, and to untie them means to know what the architecture does with them.
+    are not. `out` is filled under a temporary name and renamed. A head tied to the embedding is refused, adapted or saved, and so is
+    such an embedding: its update would change the other as well, and to untie them means to know what the architecture does with them.
     Raises: FileNotFoundError, ValueError (a base that is one file, an `out` that exists and is not empty or lies in the base, a module
         without a weight, twice or tied, a shape, a bias that the base lacks), before anything is written; ValueError (a merged weight
         that overflows its dtype), and nothing is left.
@@ -132,14 +132,23 @@ def _updates(base: BaseWeights, modules: list[LoraModule]) -> dict:
 
 
 def _whole_tensors(base: BaseWeights, saved: dict[str, Tensor]) -> dict:
-    """{key: stored tensor → trained tensor in the base's dtype}, seen to fit.  Raises: ValueError (no such tensor, another shape)."""
+    """{key: stored tensor → trained tensor in the base's dtype}, seen to fit.  Raises: ValueError (none such, tied, another shape)."""
     for key, tensor in saved.items():
+        if key.endswith(".weight") and base.is_tied(key.removesuffix(".weight")):
+            raise tied_error("merge: modules_to_save", key, "the head or the embedding")
         found = base.entries[key].shape if key in base.entries else None
         if found != tuple(tensor.shape):
             raise ValueError(
                 f"merge: the base must hold {key} of shape {tuple(tensor.shape)}, as the adapter does, got {found}"
             )
     return {key: lambda stored, tensor=tensor: tensor.to(stored.dtype) for key, tensor in saved.items()}
+
+
+def tied_error(subject: str, key: str, other: str) -> ValueError:
+    return ValueError(
+        f"{subject} must change weights that stand alone, got {key}, which the model ties to {other} when it is loaded "
+        "(load the base untied, as with tie_word_embeddings=False, before the adapter is attached)"
+    )
 
 
 def _weight_update(module: LoraModule, transposed: bool):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numerics import assert_accurate
 from safetensors.torch import load_file, save_file
-from test_lora_files import saved_by_peft, tiny_gpt2, tiny_llama
+from test_lora_files import saved_by_peft, tiny_bert, tiny_gpt2, tiny_llama
 
 from adaptlora import lora_files, merging
 from adaptlora.base_weights import BaseWeights
@@ -152,6 +152,47 @@ def test_a_tied_head_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="merge: lm_head must have a weight of its own, got one tied to the embedding"):
         merging.write_merged(BaseWeights(base.path), file.modules.values(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("stated", [True, None])
+def test_a_weight_trained_whole_that_is_tied_is_refused(stated, whole, tmp_path):
+    def model(tied=True):
+        base = tiny_llama()
+        base.config.tie_word_embeddings = tied
+        if tied:
+            base.lm_head.weight = base.model.embed_tokens.weight
+        return base
+
+    fields = {"target_modules": ["q_proj"], "modules_to_save": [whole]}
+    saved_by_peft(tmp_path / "lora", model(), **fields)
+    model().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    if stated is None:
+        del config["tie_word_embeddings"]
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    text = f"merge: modules_to_save must change weights that stand alone, got .*{whole}.weight, which the model ties to"
+    with pytest.raises(ValueError, match=text):
+        merging.merge_files(tmp_path / "lora", tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    model(tied=False).save_pretrained(tmp_path / "untied")
+    merging.merge_files(tmp_path / "lora", tmp_path / "untied", tmp_path / "out")
+    merged = type(tiny_llama()).from_pretrained(tmp_path / "out").eval()
+    theirs = peft.PeftModel.from_pretrained(model(tied=False), tmp_path / "lora").eval()
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(merged(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_without_a_head_is_tied_to_nothing(tmp_path):
+    saved_by_peft(tmp_path / "lora", tiny_bert(), modules_to_save=["word_embeddings"])
+    config = tiny_bert().config
+    assert config.tie_word_embeddings
+    tiny_bert().save_pretrained(tmp_path / "base")
+    merging.merge_files(tmp_path / "lora", tmp_path / "base", tmp_path / "out")
+    key = "bert.embeddings.word_embeddings.weight"
+    trained = load_file(tmp_path / "lora" / "adapter_model.safetensors")[f"base_model.model.{key}"]
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[key], trained)
 
 
 @pytest.mark.parametrize("victim", ["save_file", "overflow"])
