@@ -7,6 +7,7 @@ import torch
 from . import io, merged_model, nora_files, serving_files
 from .distributed.sharding import is_sharded
 from .nn import Outer
+from .save_options import check_options
 
 # Of `Adapter.state_dict`.
 _FIELDS = {"factors", "statistics", "parked", "outer", "starts", "biases", "scalings", "modules_to_save", "method"}
@@ -82,10 +83,10 @@ class AdapterContents:
                 8, 16, 32, …); False leaves each its own rank.
             max_shard_size: of "merged": bytes in a file at most, or text as "5GB".
             save_outer: of "nora": store the outer factors; without them they are made again from the base weights, which must be the same.
-        Raises: ValueError (every rank is 0, another format, NoRA's for another method, modules_to_save that FSDP shards; NonFiniteError:
-            NaN or infinite weights, which are not written over a good adapter; "vllm": modules_to_save, pad; "merged": a base that is
-            quantised or sharded, a weight tied to another, a folder that holds something), OSError (disk full, no such right,
-            TimeoutError where another process writes to the folder for long): the path is named.
+        Raises: ValueError (every rank is 0, another format, an option of another one, NoRA's for another method, modules_to_save that FSDP
+            shards; NonFiniteError: NaN or infinite weights, which are not written over a good adapter; "vllm": modules_to_save, pad;
+            "merged": a base that is quantised or sharded, a weight tied to another, a folder that holds something), OSError (disk full,
+            no such right, TimeoutError where another process writes to the folder for long): the path is named.
         """
         for name, module in self.saved.items():
             if any(is_sharded(tensor) for tensor in module.state_dict().values()):
@@ -93,8 +94,9 @@ class AdapterContents:
                     f"save: modules_to_save must be whole in every process, and FSDP shards {name} (fully_shard with "
                     "ignored_params={*adapter.factors(), *adapter.parameters()} leaves them out)"
                 )
-        if pad is not False and format != "vllm":
-            raise ValueError(f'save: pad must be False unless format is "vllm", got {pad!r} for {format!r}')
+        check_options(
+            format, fold_residual=fold_residual, save_outer=save_outer, pad=pad, max_shard_size=max_shard_size
+        )
         if format == "peft":
             io.write(self, path, fold_residual=fold_residual)
         elif format == "vllm":

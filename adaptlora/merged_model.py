@@ -9,10 +9,12 @@ from torch import nn
 from .distributed.sharding import is_sharded
 from .files import atomic_folder, check_new_folder
 from .finetune._extras import need
+from .merging import tied_error
 from .nn import is_quantised
 from .nora_files import check_finite
 
-_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?[KMGT]B")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)[KMGT]B")
+_SUBJECT = 'save: format="merged"'
 
 
 def write(adapter, path, *, originals: dict[str, nn.Module], max_shard_size: int | str) -> None:
@@ -34,7 +36,8 @@ def write(adapter, path, *, originals: dict[str, nn.Module], max_shard_size: int
 
 
 def _check_size(size) -> None:
-    if not (_SIZE.fullmatch(size) if isinstance(size, str) else type(size) is int and size > 0):
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if not (float(found[1]) * 1000 >= 1 if found else type(size) is int and size > 0):
         raise ValueError(f'save: max_shard_size must be an integer > 0 or text as "5GB", got {size!r}')
 
 
@@ -63,18 +66,11 @@ def _check_ties(adapter, originals: dict[str, nn.Module]) -> None:
         name = key.replace(".base_layer.", ".")
         tied = places.get(parameter.data_ptr(), name)
         if tied != name:
-            raise _tied(tied, name)
+            raise tied_error(_SUBJECT, tied, name)
     # transformers' own list, also of weights that a method has put others in the place of.
     for target, source in getattr(adapter.model, "all_tied_weights_keys", {}).items():
         if target in changed or source in changed:
-            raise _tied(*(target, source) if target in changed else (source, target))
-
-
-def _tied(key: str, other: str) -> ValueError:
-    return ValueError(
-        f'save: format="merged" must change weights that stand alone, got {key}, which the model ties to {other} when it is loaded '
-        "(load the base untied, as with tie_word_embeddings=False, before the adapter is attached)"
-    )
+            raise tied_error(_SUBJECT, *(target, source) if target in changed else (source, target))
 
 
 def _merged_copy(adapter) -> nn.Module:

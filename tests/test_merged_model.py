@@ -185,6 +185,29 @@ def test_weights_that_loading_would_tie_again_are_refused(make, fields, names, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "chosen, options, message",
+    [
+        (
+            {},
+            {"max_shard_size": "1GB"},
+            "max_shard_size must be '5GB' unless format is \"merged\", got '1GB' for 'peft'",
+        ),
+        ({"format": "merged"}, {"fold_residual": False}, 'unless format is "peft" or "vllm", got False for .merged.'),
+        (
+            {"format": "vllm"},
+            {"save_outer": True},
+            'save_outer must be False unless format is "nora", got True for .vllm.',
+        ),
+        ({"format": "merged"}, {"pad": 8}, 'pad must be False unless format is "vllm", got 8 for .merged.'),
+    ],
+)
+def test_options_of_other_formats_are_refused(chosen, options, message, tmp_path):
+    with pytest.raises(ValueError, match=f"save: .*{message}"):
+        adapted(Net(), target_modules=["second"], rank_pattern={}).save(tmp_path / "out", **chosen, **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_residual_hides_no_tie(tmp_path):
     adapter = adaptlora.attach(tiny_llama(tied=True), adaptlora.NoRAConfig(r=2, r_out=6, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="must change weights that stand alone, got lm_head.weight"):
@@ -210,7 +233,7 @@ def test_nothing_is_left_of_a_model_that_cannot_be_written(tmp_path):
     for out in (tmp_path / "full", tmp_path / "full" / "mine"):
         with pytest.raises(ValueError, match="save: out must not exist or be an empty folder"):
             adapter.save(out, format="merged")
-    for size in ("many", "5", 0, True, 5.0):
+    for size in ("many", "5", "0GB", "0.0MB", "0.0001KB", 0, True, 5.0):
         with pytest.raises(
             ValueError, match=f'save: max_shard_size must be an integer > 0 or text as "5GB", got {size!r}'
         ):
