@@ -38,10 +38,12 @@ def write(adapter, path, *, pad: bool | int, fold_residual: bool) -> None:
 
 def export(path, out, *, pad: bool | int = False) -> None:
     """
-    Write the PEFT adapter folder `path` as one for vLLM, as `Adapter.save(format="vllm")` does, without its model.
+    Write the PEFT adapter folder `path` as one for vLLM, as `Adapter.save(format="vllm")` does, without its model. The base weight that
+    PEFT stores beside the factors of a head is left out: servers have the base.
 
     Args: out: the folder to write, another one than `path`.   pad: as in `Adapter.save`.
-    Raises: FileNotFoundError, ValueError (a damaged or unsupported adapter; modules_to_save or lora_bias; pad), OSError.
+    Raises: FileNotFoundError, ValueError (a damaged or unsupported adapter; modules_to_save or lora_bias; an
+        adapted convolution; pad), OSError, before anything is written.
     """
     path, out = Path(path), Path(out)
     if out.resolve() == path.resolve():
@@ -52,10 +54,16 @@ def export(path, out, *, pad: bool | int = False) -> None:
         raise ValueError(
             f"export: {path}: lora_bias must be false for vLLM, which adds no bias, got biases of {len(biased)} modules"
         )
-    if file.others():
+    if file.saved():
         raise ValueError(
-            f"export: {path}: tensors must be lora_A and lora_B for vLLM, which loads no modules_to_save, got {file.others()[0]!r}"
+            f"export: {path}: tensors must be lora_A and lora_B for vLLM, which loads no modules_to_save, got {next(iter(file.saved()))!r}"
         )
+    for name, keys in file.keys.items():
+        shape = tuple(file.tensors[keys["lora_A"]].shape)
+        if len(shape) != 2:
+            raise ValueError(
+                f"export: {path}: {name} must be a linear layer for vLLM, got a convolution with lora_A of shape {shape}"
+            )
     factors = {name: (module.lora_A, module.lora_B) for name, module in file.modules.items()}
     scalings = {name: module.scaling for name, module in file.modules.items()}
     _write("export", out, file.config, factors, scalings, pad)

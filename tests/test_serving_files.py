@@ -1,5 +1,6 @@
 """Folders for servers with one rank and one scaling: what vLLM and PEFT make of them by their rules, read with json and safetensors."""
 
+import copy
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from models import Net, bert_batch, randomise, tiny_bert
 from safetensors.torch import load_file
+from test_merged_model import tiny_llama
 from torch import nn
 from typer.testing import CliRunner
 
@@ -232,6 +234,58 @@ def test_export_of_a_folder_needs_no_model(options, pad, tmp_path):
         expected[name] = layer.scaling["default"] * B @ A
     for patterns in (False, True):
         same(served(tmp_path / "out", patterns=patterns), expected)
+
+
+class ConvNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.last(self.conv(x).mean((2, 3)))
+
+
+def test_export_refuses_convolutions_by_name(tmp_path):
+    peft.get_peft_model(ConvNet(), peft.LoraConfig(r=2, target_modules=["conv", "last"])).save_pretrained(
+        tmp_path / "peft"
+    )
+    for pad in (False, 8):
+        with pytest.raises(ValueError, match=r"export: .*: conv must be a linear layer .* shape \(2, 3, 3, 3\)"):
+            export(tmp_path / "peft", tmp_path / "out", pad=pad)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pad", [False, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_export_leaves_out_the_base_that_peft_stores_with_a_head(tied, pad, tmp_path):
+    base = tiny_llama(tied)
+    twin = copy.deepcopy(base)
+    targets = ["q_proj", "lm_head"]
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, rank_pattern={"q_proj": 2})
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.eval().save_pretrained(tmp_path / "peft")
+    assert any("lm_head.base_layer" in key for key in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    export(tmp_path / "peft", tmp_path / "out", pad=pad)
+    assert all(".lora_" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    layer = model.get_base_model().lm_head
+    A, B = (getattr(layer, factor)["default"].weight.detach().double() for factor in ("lora_A", "lora_B"))
+    found = served(tmp_path / "out")
+    same({"lm_head": found["lm_head"]}, {"lm_head": layer.scaling["default"] * B @ A})
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "out").eval()
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("field, config", [("kasa_config", "KasaConfig"), ("monteclora_config", "MontecloraConfig")])
+def test_export_refuses_variants_by_their_field(field, config, tmp_path):
+    pefts_own(tmp_path / "peft", r=2, **{field: getattr(peft.tuners.lora.config, config)()})
+    with pytest.raises(ValueError, match=f"{field} is not supported"):
+        export(tmp_path / "peft", tmp_path / "out")
 
 
 def test_export_refuses_biases_and_its_own_folder(tmp_path):

@@ -18,6 +18,8 @@ _UNSUPPORTED = {
     "arrow_config": "the adapter is routed",
     "use_qalora": "x is pooled before lora_A",
     "use_bdlora": "the factors are block-diagonal",
+    "kasa_config": "KaSA takes a part out of the base weight",
+    "monteclora_config": "MonteCLoRA samples around lora_A",
 }
 
 _FLAGS = ("use_rslora", "fan_in_fan_out", "lora_bias")
