@@ -133,6 +133,7 @@ class LoraConfig:
     def from_peft(cls, peft_config, **more):
         """
         The configuration of this method that means what a peft.LoraConfig does: NormALConfig.from_peft(config, t_p=9, t_c=9, budget=k).
+        AdaLoRAConfig takes a peft.AdaLoraConfig too; the r of a peft.LoraConfig is its init_r.
 
         Args: more: further fields, and fields instead of PEFT's.
         Raises: TypeError (no PEFT configuration), ValueError naming a field of PEFT's that has no counterpart and is not at its default,
@@ -140,7 +141,10 @@ class LoraConfig:
         """
         from .integrations.peft_fields import fields_from_peft
 
-        return cls(**fields_from_peft(f"{cls.__name__}.from_peft", peft_config, more), **more)
+        fields = fields_from_peft(
+            f"{cls.__name__}.from_peft", peft_config, more, adalora=issubclass(cls, AdaLoRAConfig)
+        )
+        return cls(**fields, **more)
 
     def scaling(self, r: int, lora_alpha: float) -> float:
         """lora_alpha / r, or lora_alpha / √r for rsLoRA; 0 for rank 0, where nothing is scaled."""

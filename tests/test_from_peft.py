@@ -175,12 +175,47 @@ def test_fields_given_take_the_place_of_pefts():
         ({"init_lora_weights": False}, "init_lora_weights must be True or .pissa., or be given anew, got False"),
         ({"bias": "all"}, "bias must be 'none', which is all that has a counterpart, got 'all'"),
         ({"target_modules": None}, "target_modules must be given: PEFT chooses by the kind of model, got None"),
-        ({"task_type": "SEQ_CLS"}, r"modules_to_save must be given for task_type 'SEQ_CLS': .*\(classifier or score\)"),
+        (
+            {"task_type": "SEQ_CLS"},
+            r"modules_to_save must name the head, .* 'SEQ_CLS': .*\(classifier or score\), got None",
+        ),
+        ({"task_type": "TOKEN_CLS", "modules_to_save": ["pooler"]}, r"modules_to_save must name .*, got \['pooler'\]"),
+        ({"task_type": "QUESTION_ANS", "modules_to_save": ["score"]}, r"\(qa_outputs\), got \['score'\]"),
     ],
 )
 def test_fields_without_a_counterpart_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig.from_peft(peft.LoraConfig(**{"target_modules": ["q"]} | fields))
+
+
+def test_heads_that_peft_would_add_by_the_task():
+    for task, head in (("SEQ_CLS", "model.score"), ("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")):
+        config = peft.LoraConfig(target_modules=["q"], task_type=task, modules_to_save=["pooler", head])
+        assert LoraConfig.from_peft(config).modules_to_save == ["pooler", head]
+        ours = LoraConfig.from_peft(peft.LoraConfig(target_modules=["q"], task_type=task), modules_to_save=["out"])
+        assert ours.modules_to_save == ["out"]
+
+
+def test_adalora_from_either_configuration_of_pefts():
+    more = {"target_r": 3, "total_step": 20}
+    lora = peft.LoraConfig(r=6, lora_alpha=4, target_modules=["q"])
+    ours = adaptlora.AdaLoRAConfig.from_peft(lora, **more)
+    assert (ours.init_r, ours.r, ours.target_r, ours.lora_alpha) == (6, 6, 3, 4)
+    assert adaptlora.AdaLoRAConfig.from_peft(lora, init_r=5, **more).r == 5
+    theirs = peft.AdaLoraConfig(
+        init_r=7, tinit=2, tfinal=3, deltaT=4, beta1=0.5, beta2=0.6, orth_reg_weight=0.1, target_modules=["q"], **more
+    )
+    ours = adaptlora.AdaLoRAConfig.from_peft(theirs)
+    for field in ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    model = peft.get_peft_model(Deep(), theirs)
+    assert adaptlora.attach(Deep(), ours).ranks() == {n: 7 for n in lora_layers(model)}
+    with pytest.raises(
+        ValueError, match='AdaLoRAConfig.from_peft: peft_type must be "LORA" or "ADALORA", got \'LOHA\''
+    ):
+        adaptlora.AdaLoRAConfig.from_peft(peft.LoHaConfig(target_modules=["q"]))
+    with pytest.raises(ValueError, match="LoraConfig.from_peft: peft_type must be \"LORA\", got 'ADALORA'"):
+        LoraConfig.from_peft(theirs)
 
 
 def test_what_is_no_lora_configuration():

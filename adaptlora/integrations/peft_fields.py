@@ -33,29 +33,41 @@ _SILENT = {
     "corda_config",
     "lora_ga_config",
 }
+# What PEFT's AdaLoraConfig has beside a LoraConfig's fields; its r is without effect.
+_ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _INITS = {True: "kaiming", "pissa": "pissa"}
 # Tasks for which PEFT also trains a head, by names of its own.
-_HEADS = {"SEQ_CLS": "classifier or score", "TOKEN_CLS": "classifier or score", "QUESTION_ANS": "qa_outputs"}
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
-def fields_from_peft(op: str, peft_config, given) -> dict:
+def fields_from_peft(op: str, peft_config, given, *, adalora: bool = False) -> dict:
     """
     {field: value} of a LoraConfig of ours that means the same, without the fields `given`, which the caller has.
 
+    Args: adalora: of an AdaLoRAConfig, also from PEFT's AdaLoraConfig; the r of a LoraConfig is init_r.
     Raises: TypeError (no PEFT configuration), ValueError (another kind of adapter; a field that has no counterpart and is not at its
         default; a task for which PEFT chooses modules_to_save, or targets that it chooses by the kind of model).
     """
     if not (dataclasses.is_dataclass(peft_config) and hasattr(peft_config, "peft_type")):
         raise TypeError(f"{op}: peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
     kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
-    if kind != "LORA":
-        raise ValueError(f'{op}: peft_type must be "LORA", got {kind!r}')
+    kinds = ("LORA", "ADALORA") if adalora else ("LORA",)
+    if kind not in kinds:
+        rule = " or ".join(f'"{name}"' for name in kinds)
+        raise ValueError(f"{op}: peft_type must be {rule}, got {kind!r}")
+    silent = _SILENT | ({"r"} if kind == "ADALORA" else set())
     fields = {}
     for field in dataclasses.fields(peft_config):
         name, value = field.name, getattr(peft_config, field.name)
-        if name in given or name in _SILENT:
+        if adalora and kind == "LORA" and name == "r":
+            name = "init_r"
+        if name in given or name in silent:
             continue
-        if name in _SAME:
+        if name in _SAME or (adalora and name in _ADALORA):
             fields[name] = value
         elif name in _NAMES:
             fields[name] = sorted(value) if isinstance(value, (set, tuple)) else value
@@ -88,7 +100,9 @@ def _check_choices(op: str, peft_config, fields: dict) -> None:
     if "target_modules" in fields and not fields["target_modules"]:
         raise ValueError(f"{op}: target_modules must be given: PEFT chooses by the kind of model, got None")
     task = getattr(peft_config.task_type, "value", peft_config.task_type)
-    if task in _HEADS and "modules_to_save" in fields and not fields["modules_to_save"]:
+    saved = fields.get("modules_to_save") or ()
+    if task in _HEADS and "modules_to_save" in fields and not any(n.rpartition(".")[2] in _HEADS[task] for n in saved):
         raise ValueError(
-            f"{op}: modules_to_save must be given for task_type {task!r}: PEFT trains the head whole ({_HEADS[task]}), got None"
+            f"{op}: modules_to_save must name the head, or be given anew, for task_type {task!r}: PEFT trains it whole "
+            f"({' or '.join(_HEADS[task])}), got {fields['modules_to_save']}"
         )
