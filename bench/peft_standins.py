@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 VOCABULARY = 512
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-_LLAMA = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 512}
+_LLAMA = {**_SIZES, "num_key_value_heads": 4, "max_position_embeddings": 512}
 _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
-_OPT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32}
+_OPT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 16}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 _BART = {
     "d_model": 32,
@@ -46,7 +46,7 @@ STANDINS = {
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", {**_LLAMA, "head_dim": 8}),
     "peft-internal-testing/tiny-random-BloomForCausalLM": (
         "BloomForCausalLM",
-        {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+        {"hidden_size": 32, "n_layer": 5, "n_head": 4},
     ),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", _SIZES),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartForConditionalGeneration", _BART),
@@ -100,7 +100,7 @@ def _snapshot(cache: Path, name: str) -> Path:
     return folder
 
 
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+def _tokenizer(length: int = 128) -> transformers.PreTrainedTokenizerFast:
     """Bytes, one a token, after three special ones."""
     special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -110,7 +110,7 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **names)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **names)
 
 
 def _model(name: str) -> transformers.PreTrainedModel:
@@ -151,7 +151,7 @@ def _save_diffusion(cache: Path) -> None:
         vae=vae,
         unet=unet,
         text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=_tokenizer(),
+        tokenizer=_tokenizer(77),
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,

@@ -107,17 +107,20 @@ GROUPS = (
 
 
 def _group(found: dict) -> str:
-    first = found["reason"].strip().split("\n")[0]
     for pattern, group in GROUPS:
         if re.search(pattern, found["reason"], re.IGNORECASE):
             return group
-    return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?(e-?\d+)?", "…", first)[:120] or "no reason given"
+    return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?(e-?\d+)?", "…", _first_line(found))[:120] or "no reason given"
+
+
+def _first_line(found: dict) -> str:
+    return found["reason"].strip().split("\n")[0][:300]
 
 
 def _counts(tests: dict[str, dict]) -> dict:
     outcomes = Counter(found["outcome"] for found in tests.values())
     reasons = {
-        outcome: dict(Counter(_group(t) for t in tests.values() if t["outcome"] == outcome).most_common(25))
+        outcome: dict(Counter(_group(t) for t in tests.values() if t["outcome"] == outcome).most_common())
         for outcome in ("failed", "skipped")
     }
     return {"tests": len(tests), **{o: outcomes[o] for o in ("passed", "failed", "skipped")}, "reasons": reasons}
@@ -151,6 +154,7 @@ def summary(plain: dict[str, dict], accelerated: dict[str, dict]) -> dict:
         },
         "passed by file": dict(sorted(files.items())),
         "outcomes that differ": dict(sorted(differ.items())),
+        "failed": {name: _first_line(found) for name, found in fast.items() if found["outcome"] == "failed"},
         "failed only when accelerated": sorted(n for n, d in differ.items() if d["accelerated"] == "failed"),
         "in one run only": len(accelerated) + len(plain) - 2 * len(both),
     }
