@@ -111,11 +111,15 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=180, help="at least 6")
+    parser.add_argument(
+        "--steps", type=int, default=180, help="at least 3: one with the penalty, the clip, one after it"
+    )
     parser.add_argument("--tiny", action="store_true", help="random weights and made-up data")
     parser.add_argument("--data", default=".data", help="folder of `make data`")
     parser.add_argument("--out", default=None, help="folder for the adapter (a temporary one)")
     arguments = parser.parse_args()
+    if arguments.steps < 3:
+        parser.error(f"--steps: must be at least 3, got {arguments.steps}")
     with tempfile.TemporaryDirectory() as temporary:
         arguments.out = arguments.out or temporary
         main(arguments)

@@ -11,6 +11,7 @@ No pretrained ViT can be fetched with `make data`, so weights are random and ima
 import argparse
 import math
 import tempfile
+from pathlib import Path
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification
@@ -97,6 +98,9 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true", help="a model that takes seconds")
     parser.add_argument("--out", default=None, help="folder for the merged model (a temporary one)")
     arguments = parser.parse_args()
+    merged = Path(arguments.out or "") / "merged"
+    if arguments.out and merged.exists() and any(merged.iterdir()):
+        parser.error(f"--out: {merged} must be empty, so that a model can be written there")
     with tempfile.TemporaryDirectory() as temporary:
         arguments.out = arguments.out or temporary
         main(arguments)
