@@ -223,6 +223,8 @@ def test_what_is_no_lora_configuration():
         LoraConfig.from_peft(peft.LoHaConfig(target_modules=["q"]))
     with pytest.raises(TypeError, match="LoraConfig.from_peft: peft_config must be a peft.LoraConfig, got dict"):
         LoraConfig.from_peft({"r": 4})
+    with pytest.raises(TypeError, match="LoraConfig.from_peft: peft_config must be a peft.LoraConfig, got type"):
+        LoraConfig.from_peft(peft.LoraConfig)
     for fields, message in (
         ({"layers_to_transform": [0, -1]}, "layers_to_transform must be an integer ≥ 0 or a list of them"),
         ({"layers_pattern": "h"}, "layers_pattern must go with layers_to_transform"),

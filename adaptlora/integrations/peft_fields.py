@@ -52,7 +52,8 @@ def fields_from_peft(op: str, peft_config, given, *, adalora: bool = False) -> d
     Raises: TypeError (no PEFT configuration), ValueError (another kind of adapter; a field that has no counterpart and is not at its
         default; a task for which PEFT chooses modules_to_save, or targets that it chooses by the kind of model).
     """
-    if not (dataclasses.is_dataclass(peft_config) and hasattr(peft_config, "peft_type")):
+    instance = dataclasses.is_dataclass(peft_config) and not isinstance(peft_config, type)
+    if not (instance and hasattr(peft_config, "peft_type")):
         raise TypeError(f"{op}: peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
     kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
     kinds = ("LORA", "ADALORA") if adalora else ("LORA",)
