@@ -103,7 +103,9 @@ def test_plain_and_nested_files_are_not_mixed(tmp_path):
         adapter.load(tmp_path / "peft")
     with pytest.raises(ValueError, match='save: format must be "peft", "vllm" or "merged" for LoraConfig, got .nora.'):
         plain.save(tmp_path / "x", format="nora")
-    with pytest.raises(ValueError, match='save: format must be "peft", "nora", "vllm" or "merged" for NoRAConfig, got .zip.'):
+    with pytest.raises(
+        ValueError, match='save: format must be "peft", "nora", "vllm" or "merged" for NoRAConfig, got .zip.'
+    ):
         adapter.save(tmp_path / "x", format="zip")
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="shear: target must hold plain pairs, got NoRA's nested ones"):
