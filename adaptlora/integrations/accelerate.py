@@ -89,6 +89,9 @@ def accelerate(model: nn.Module) -> Acceleration:
             kept[name] = obstacle
             continue
         obstacles = [adapter_obstacle(layer, adapter) for adapter in layer.lora_A]
+        if not obstacles:
+            kept[name] = "it holds no adapter"
+            continue
         layer.__class__ = fast if None in obstacles else original
         if None in obstacles:
             accelerated.append(name)

@@ -81,16 +81,30 @@ class _Takeover:
                 "(delete_adapter them, or save them and load each from its folder)"
             )
         fields_from_peft("from_peft", self.handle.config, _CARRIED_OUT)
+        self.emptied = self._emptied()
         self.wrappers = self._wrappers()
         for name, layer in self.handle.layers.items():
             self._check(name, layer)
+
+    def _emptied(self) -> dict[str, nn.Module]:
+        """{name: layer or wrapper of PEFT's} that pruning or delete_adapter left without an adapter."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        return {
+            name: module
+            for name, module in self.base.named_modules()
+            if (isinstance(module, BaseTunerLayer) and name not in self.handle.layers)
+            or (isinstance(module, ModulesToSaveWrapper) and self.name not in module.modules_to_save)
+        }
 
     def _wrappers(self) -> dict[str, nn.Module]:
         from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
         found = {n: m for n, m in self.base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+        found = {name: wrapper for name, wrapper in found.items() if name not in self.emptied}
         for name, wrapper in found.items():
-            inside = any(layer.startswith(f"{name}.") for layer in self.handle.layers)
+            inside = any(layer.startswith(f"{name}.") for layer in (*self.handle.layers, *self.emptied))
             if not isinstance(wrapper, ModulesToSaveWrapper) or wrapper.disable_adapters or inside:
                 raise ValueError(
                     f"from_peft: {name} must be trained whole without LoRA layers in it, and be active, got a {type(wrapper).__name__}"
@@ -130,6 +144,9 @@ class _Takeover:
             _replace(self.base, name, layer.get_base_layer())
         for name, wrapper in self.wrappers.items():
             _replace(self.base, name, wrapper.original_module)
+        for name, module in self.emptied.items():
+            wrapped = getattr(module, "original_module", None)
+            _replace(self.base, name, module.get_base_layer() if wrapped is None else wrapped)
         trained = {name for name, parameter in self.base.named_parameters() if parameter.requires_grad}
         try:
             adapter = _attach(self.base, **stored.attach_options())
@@ -139,7 +156,7 @@ class _Takeover:
                 adapter.detach()
                 raise
         except BaseException:
-            for name, module in {**self.handle.layers, **self.wrappers}.items():
+            for name, module in {**self.handle.layers, **self.wrappers, **self.emptied}.items():
                 _replace(self.base, name, module)
             if config is not None:
                 self.base.peft_config = config

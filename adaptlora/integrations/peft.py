@@ -120,6 +120,8 @@ class PeftHandle:
         for name, new in left.items():
             self._renew(name, new, alphas[name])
         for field, value in changed.items():
+            # PEFT joins the sets of several adapters, and no lists.
+            value = set(value) if field == "target_modules" and isinstance(value, list) else value
             if field != "init_lora_weights" and getattr(self.config, field) != value:
                 setattr(self.config, field, value)
 

@@ -19,6 +19,9 @@ def prune(
     Take rank vectors out of a LoRA adapter of PEFT's, in place and physically: PEFT's parameters stay the same objects, and their values,
     gradients and optimizer state become smaller. Training, save_pretrained and merging go on with the ranks there are.
 
+    Of 8-bit optimizer state, blocks that vectors share are quantised anew. PEFT's load_adapter wants checkpoints of the ranks there are:
+    transformers' load_best_model_at_end fails on one that was written before.
+
     Args:
         peft_model: PeftModel, its layers PEFT's own or accelerated. Before DistributedDataParallel wraps it, whose reducer holds to
             shapes; of several processes each calls it.

@@ -132,7 +132,9 @@ def for_modules(config: dict, ranks: dict[str, int], alphas: dict[str, float], o
     }
     if others:
         # A list means its suffixes too: where the first choice was not by suffix alone, the model may have others of that end.
-        by_suffix = isinstance(config.get("target_modules"), list) and not any(map(config.get, _NARROWING))
+        by_suffix = isinstance(config.get("target_modules"), (list, set, tuple)) and not any(
+            map(config.get, _NARROWING)
+        )
         changed["target_modules"] = target_modules(list(ranks), others, regex=not by_suffix)
         changed |= {field: None for field in _NARROWING if field in config}
     return config | changed

@@ -18,9 +18,12 @@ class SVDTruncation(Method):
     def module(self, module, weight) -> Sheared:
         (found,) = low_rank_svd([module.lora_A], [module.lora_B])
         rank = module.lora_A.shape[0]
-        kept = max(1, min(self._kept(found.S), numerical_rank(found.S, rank)))
+        within = numerical_rank(found.S, rank)
+        kept = max(1, min(self._kept(found.S), within))
         root = found.S[:kept].sqrt()
-        smaller = replaced(module, root[:, None] * found.Vh[:kept], found.U[:, :kept] * root, module.scaling)
+        # Where B A is 0, roots would make both factors 0, and neither would get a gradient again.
+        lora_A = root[:, None] * found.Vh[:kept] if within else module.lora_A[:kept]
+        smaller = replaced(module, lora_A, found.U[:, :kept] * root, module.scaling)
         return Sheared(smaller, rank, {"singular_values": (module.scaling * found.S).tolist()})
 
     def _kept(self, S: torch.Tensor) -> int:
