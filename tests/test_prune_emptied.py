@@ -75,3 +75,30 @@ def test_from_peft_after_a_module_was_pruned_away():
     adapter = adaptlora.from_peft(adapted)
     assert len(adapter.layers) == 1
     torch.testing.assert_close(adapter.model(X), before)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan")])
+def test_scalings_that_no_alpha_gives_are_refused(scaling):
+    adapted = model()
+    adapted.base_model.model.second.scaling["default"] = scaling
+    with pytest.raises(ValueError, match="second must have a finite scaling > 0"):
+        adaptlora.prune(adapted, target_r=2)
+    assert adapted.base_model.model.first.r["default"] == 4
+
+
+def test_a_scaling_may_be_a_tensor():
+    adapted = model()
+    layer = adapted.base_model.model.second
+    layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    adaptlora.prune(adapted, target_r=2)
+    assert layer.scaling["default"] == 2.0
+
+
+def test_other_holders_of_adapters_are_refused():
+    injected = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["first"]), Two())
+    mixed = peft.get_peft_model(Two(), peft.LoraConfig(target_modules=["first"]), mixed=True)
+    for other in (injected, mixed):
+        with pytest.raises(TypeError, match="must be a PeftModel"):
+            adaptlora.prune(other, target_r=2)
+        with pytest.raises(TypeError, match="must be a PeftModel"):
+            adaptlora.from_peft(other)

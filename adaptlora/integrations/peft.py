@@ -1,5 +1,7 @@
 """PEFT's LoRA layers: their factors out, other ones in."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ class PeftHandle:
         self.adapter_name = active[0] if adapter_name is None else adapter_name
         self.config = model.peft_config.get(self.adapter_name)
         if self.config is None or self.config.peft_type != "LORA":
-            found = "none of it" if self.config is None else str(self.config.peft_type)
+            found = f"adapters {list(model.peft_config)}" if self.config is None else str(self.config.peft_type)
             raise ValueError(f"{op}: adapter {self.adapter_name!r} must be a LoRA adapter of the model, got {found}")
         self.layers = {
             name: module
@@ -64,6 +66,9 @@ class PeftHandle:
             found = type(variant).__name__ if variant is not None else type(layer.get_base_layer()).__name__
             raise ValueError(f"{self._op}: {name} must be a plain LoRA of a linear layer, got {found}")
         lora_A, lora_B = self._factors(name)
+        scaling = float(layer.scaling[self.adapter_name])
+        if not (math.isfinite(scaling) and scaling > 0):
+            raise ValueError(f"{self._op}: {name} must have a finite scaling > 0, got {scaling}")
         rank, expected = layer.r[self.adapter_name], [layer.in_features, layer.out_features]
         if is_sharded(lora_A) or [*lora_A.shape, *lora_B.shape] != [rank, expected[0], expected[1], rank]:
             shapes = f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
@@ -81,7 +86,7 @@ class PeftHandle:
                 name=name,
                 lora_A=layer.lora_A[key].weight.detach(),
                 lora_B=layer.lora_B[key].weight.detach(),
-                scaling=layer.scaling[key],
+                scaling=float(layer.scaling[key]),
                 bias=None if layer.lora_B[key].bias is None else layer.lora_B[key].bias.detach(),
                 fan_in_fan_out=bool(getattr(layer, "fan_in_fan_out", False)),
                 use_rslora=layer.use_rslora[key],

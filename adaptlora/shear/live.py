@@ -82,8 +82,8 @@ def _handle(target, adapter_name: str | None, optimizer):
 
 
 def is_peft_model(target) -> bool:
-    """By its attributes, so that PEFT stays optional."""
-    return hasattr(target, "peft_config") and hasattr(target, "base_model")
+    """By its attributes, so that PEFT stays optional; no PeftMixedModel, and no model with adapters injected."""
+    return all(hasattr(target, name) for name in ("peft_config", "base_model", "get_base_model"))
 
 
 class _AdapterHandle:
