@@ -1,6 +1,8 @@
 """PiSSA and MiLoRA: factors that start from singular triplets of the weight, and what becomes of the base."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -298,6 +300,32 @@ def test_a_start_that_fails_changes_nothing(monkeypatch):
         adaptlora.attach(model, config())
     assert len(calls) == 3 and type(model.first) is nn.Linear and model.first.weight is held
     assert held.requires_grad
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_an_overflow_of_a_later_layer_changes_nothing(keep):
+    """W − ΔW_0 of the second layer is beyond float16; the first layer's was in force by then."""
+    torch.manual_seed(0)
+    model = Net(torch.float16)
+    with torch.no_grad():
+        model.second.weight.copy_(65504 * torch.randn(model.second.weight.shape).sign())
+    held = dict(model.named_parameters())
+    values = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"W − ΔW_0 must be finite in torch\.float16"):
+        adaptlora.attach(model, config(keep_original=keep))
+    after = dict(model.named_parameters())
+    assert after.keys() == held.keys() and all(after[name] is p and p.requires_grad for name, p in held.items())
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_originals_are_freed_when_all_layers_have_started(keep):
+    model = Net()
+    held = weakref.ref(model.first.weight)
+    adapter = adaptlora.attach(model, config(keep_original=keep))
+    gc.collect()
+    assert (held() is not None) is keep
+    assert adapter.layers["first"].base_layer.weight is not held()
 
 
 def test_refusals(tmp_path):

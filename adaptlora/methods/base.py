@@ -101,15 +101,20 @@ class Method:
         return r
 
     def begin(self) -> None:
-        """The layers are about to run: base weights become W − ΔW_0 where they have such.  Raises: what fails; nothing has changed then."""
+        """
+        The layers are about to run: base weights become W − ΔW_0 where they have such. All are held beside until every layer has
+        succeeded, keep_original or not.  Raises: what fails; nothing has changed then.
+        """
         layers = list(self._residual_layers())
         try:
             for layer in layers:
-                layer.apply_residual()
+                layer.apply_residual(release=False)
         except BaseException:
             for layer in layers:
                 layer.restore_base()
             raise
+        for layer in layers:
+            layer.release_original()
 
     def end(self) -> None:
         """The layers are taken off the model: its linears must be what they were before `begin`."""

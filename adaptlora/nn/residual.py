@@ -62,12 +62,13 @@ class ResidualLinear(AdaptedLinear):
         return A_0, -B_0.t()
 
     @torch.no_grad()
-    def apply_residual(self) -> None:
+    def apply_residual(self, *, release: bool = True) -> None:
         """
         Make the base W − ΔW_0, so that the layer computes what its base did. Nothing to do without a residual, or a second time.
 
         A float base gets a new frozen parameter, computed in the dtype of B_0 A_0 and rounded once to its own; modules that share
         the old one keep it. A quantised base is not written to: −ΔW_0 runs with the adapter, as more rank vectors.
+        release=False: the old one stays until `release_original()`, so that `restore_base` is exact while other layers may still fail.
         Raises: ValueError (W − ΔW_0 is not finite in the base's dtype); nothing has changed then.
         """
         taken = self._taken()
@@ -87,8 +88,13 @@ class ResidualLinear(AdaptedLinear):
                 f"{type(self).__name__}: W − ΔW_0 must be finite in {rounded.dtype}, got an overflow or NaN"
             )
         self.rounding_error = error / size if size else 0.0
-        self._put_weight(nn.Parameter(rounded, requires_grad=False), keep=self.keep_original)
+        self._put_weight(nn.Parameter(rounded, requires_grad=False), keep=self.keep_original or not release)
         self._in_weight = True
+
+    def release_original(self) -> None:
+        """Free the original parameter if keep_original is False."""
+        if not self.keep_original:
+            self._original = ()
 
     @torch.no_grad()
     def restore_base(self) -> None:
