@@ -50,6 +50,16 @@ def test_equals_pefts_optimizer():
     assert len(groups) == 3 and sum(len(group["params"]) for group in groups) == len(adapter.parameters())
 
 
+def test_single_numbers_are_not_decayed():
+    """A logit_scale beside a head's matrix and bias: as the biases, where PEFT's ndim == 1 takes it for a matrix."""
+    model = Net(FP64)
+    model.classifier.logit_scale = torch.nn.Parameter(torch.tensor(2.0, dtype=FP64))
+    groups = attached(model).parameter_groups(LR, loraplus_lr_ratio=RATIO, weight_decay=DECAY)
+    found = rates(model, groups)
+    assert found["classifier.logit_scale"] == found["classifier.bias"] == (LR * RATIO, 0.0)
+    assert found["classifier.weight"] == (LR, DECAY)
+
+
 def test_one_learning_rate_without_a_ratio():
     adapter = attached(modules_to_save=None)
     groups = adapter.parameter_groups(LR)
