@@ -309,6 +309,21 @@ def test_all_ranks_are_compiled_once():
     torch.testing.assert_close(losses[True], losses[False])
 
 
+def test_chosen_ranks_run_compiled():
+    """Each chosen rank has its own scaling, alpha / rank."""
+    torch._dynamo.reset()
+    adapter = attached(r=8)
+    randomise(adapter)
+    model = adapter.model.eval()
+    x, found = batch(dtype=FP64)[0], []
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for rank in (None, 1, 2, None, 5):
+        adapter.set_rank(rank)
+        found.append(compiled(x).detach())
+        torch.testing.assert_close(found[-1], model(x))
+    assert torch.equal(found[0], found[3]) and not torch.allclose(found[0], found[1])
+
+
 def test_trainer_evaluates_all_vectors_and_resumes(tmp_path):
     from transformers import Trainer, TrainingArguments
 

@@ -97,6 +97,53 @@ def test_layers_compile_once_while_their_ranks_change(grouped):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_scalings_that_change_compile(grouped):
+    """From the second value on scaling is traced as a symbol; results and gradients are the uncompiled layers'."""
+    layers = [LoraLinear(nn.Linear(K, N), 4, scaling=1.0, dropout_p=0.0) for _ in range(2)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    module = LoraGroup(layers) if grouped else nn.ModuleList(layers[:1])
+
+    def run(x):
+        return sum(module(x)) if grouped else module[0](x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x = torch.randn(12, K)
+    for scaling in (1.0, 2.0, -0.5):
+        layers[0].scaling = scaling
+        y, expected = compiled(x), run(x)
+        torch.testing.assert_close(y, expected)
+        factors = layers[0].lora_A, layers[0].lora_B
+        ours, theirs = (torch.autograd.grad(out.square().sum(), factors) for out in (y, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_blocks_of_other_scalings_compile():
+    """Three blocks, each compiled whole by itself, whose code is one: alpha_pattern gives each another scaling."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(K, K)) for _ in range(3)))
+    patterns = {"0.0": 4, "1.0": 8, "2.0": 16}
+    adapter = adaptlora.attach(model, adaptlora.LoraConfig(r=4, target_modules="all-linear", alpha_pattern=patterns))
+    for layer in adapter.layers.values():
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, K)
+    expected = model(x)
+    for block in model:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("scaling", [torch.inf, -torch.inf, torch.nan])
+def test_scalings_that_are_not_finite_are_refused_while_compiling(scaling):
+    layer = LoraLinear(nn.Linear(K, N), 4, scaling=1.0, dropout_p=0.0)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(2, K)
+    for layer.scaling in (1.0, 2.0):
+        compiled(x)
+    layer.scaling = scaling
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"scaling must be a finite number, got {scaling}"):
+        compiled(x)
+
+
 def test_settings_are_restored():
     from torch.fx.experimental import _config as shapes
 

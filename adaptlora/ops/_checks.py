@@ -93,7 +93,8 @@ def check_dropout(op: str, p: float) -> None:
 
 
 def check_finite_number(op: str, name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # Compared, as torch.compile cannot trace math.isfinite of a number that it holds as a symbol.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
 
 
