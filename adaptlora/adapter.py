@@ -58,7 +58,7 @@ def _set_fused_encoders(model: nn.Module, names, fused: dict) -> None:
 
 
 def attach(
-    model: nn.Module, config: LoraConfig, *, calibration=None, progress=None, group_projections: bool | None = None
+    model: nn.Module, config: LoraConfig, *, calibration=None, progress=None, group_projections: bool = True
 ) -> "Adapter":
     """
     Put an adapter of `config`'s method on `model`, in place: chosen linear layers become `LoraLinear`, all else is frozen.
@@ -69,15 +69,16 @@ def attach(
         calibration: a batch, for NoRAConfig(outer="activation"): a dict of the model's keyword arguments, a tuple of its arguments, or its
             one argument.
         progress: called with (modules done, modules in all) where the start takes long (factorizations for NoRA, PiSSA, MiLoRA).
-        group_projections: whether to compute modules that turn out to share their input (q, k and v; gate and up) by one op, which adds
-            their gradients for it up in another order (see `nn.Grouping`); None: on a GPU.
+        group_projections: whether to compute modules that turn out to share their input (q, k and v; gate and up) by one op, on a CPU from
+            256 tokens on. It adds their gradients for it up in another order, and their outputs share one node of the graph: separate
+            backward passes through them need retain_graph=True. `nn.Grouping` says more, `Adapter.summary` which they are.
     Raises: ValueError or TypeError (targets, patterns, budget, calibration, a model adapted already); the model is unchanged then.
     """
     return _attach(model, config, calibration=calibration, progress=progress, group_projections=group_projections)
 
 
 def _attach(
-    model: nn.Module, config: LoraConfig, *, whole=None, group_projections: bool | None = None, **options
+    model: nn.Module, config: LoraConfig, *, whole=None, group_projections: bool = True, **options
 ) -> "Adapter":
     """`attach` of what is stored: full names of the modules trained whole, and frozen factors among the `Attachment`'s options."""
     check_config(config)
@@ -138,20 +139,20 @@ def trained_parameters(model: nn.Module, config: LoraConfig) -> int:
     return factors + sum(p.numel() for module in find_saved(model, config).values() for p in module.parameters())
 
 
-def load(model: nn.Module, path, *, progress=None) -> "Adapter":
+def load(model: nn.Module, path, *, progress=None, group_projections: bool = True) -> "Adapter":
     """
     Put a saved adapter on `model`: PEFT's LoRA, each module with the rank and scaling it has in the file, or NoRA's own.
 
     Args:
         path: folder with adapter_config.json and adapter_model.safetensors, or what `Adapter.save(format="nora")` wrote.
-        progress: as in `attach`.
+        progress, group_projections: as in `attach`.
     Returns: an Adapter with a LoraConfig, which trains on at fixed ranks, or with NoRA's; both save and merge.
     Raises: FileNotFoundError, ValueError (a file that is damaged, unsupported, or does not fit the model, or NoRA's for other base
         weights), TypeError (it names modules that are no linear layers); the model is unchanged then.
     """
     stored = io.read(path)
     try:
-        adapter = _attach(model, progress=progress, **stored.attach_options())
+        adapter = _attach(model, progress=progress, group_projections=group_projections, **stored.attach_options())
     except TypeError as error:
         raise TypeError(f"load: {path}: {error}") from error
     except ValueError as error:
@@ -568,7 +569,7 @@ class Adapter(AdapterContents):
                 setattr(layer.base_layer, key, nn.Parameter(values, requires_grad=False))
             _replace(self.model, name, layer.base_layer)
         self._restore_fused_encoders()
-        self._groups.stop()
+        self._groups.stop(self.model)
         return self.model
 
     def unmerge(self) -> nn.Module:
@@ -604,7 +605,7 @@ class Adapter(AdapterContents):
             trained = next(self.saved[name].parameters(), None)
             _replace(self.model, name, module if trained is None else module.to(trained.device, trained.dtype))
         self._restore_fused_encoders()
-        self._groups.stop()
+        self._groups.stop(self.model)
         self._distribution.close()
         _require_grad(self.model, self._required)
         self._attached = False

@@ -10,7 +10,18 @@ from .nn import Outer
 from .save_options import check_options
 
 # Of `Adapter.state_dict`.
-_FIELDS = {"factors", "statistics", "parked", "outer", "starts", "biases", "scalings", "modules_to_save", "method"}
+_FIELDS = {
+    "factors",
+    "statistics",
+    "parked",
+    "outer",
+    "starts",
+    "biases",
+    "scalings",
+    "groups",
+    "modules_to_save",
+    "method",
+}
 
 
 def _like(weighting: torch.Tensor | None, layer) -> torch.Tensor | None:
@@ -196,7 +207,7 @@ class AdapterContents:
     def state_dict(self) -> dict:
         """
         Factors, parked vectors, what a method keeps of each element, what was taken out of base weights, scalings, modules_to_save and
-        the method's own state; tensors are the live ones but for the parked.
+        the method's own state; which projections were found to share their input; tensors are the live ones but for the parked.
         """
         return {
             "factors": {name: layer.pair.factors() for name, layer in self.layers.items()},
@@ -206,6 +217,7 @@ class AdapterContents:
             "starts": {name: layer.start_state() for name, layer in self.layers.items()},
             "biases": {name: layer.lora_bias for name, layer in self.layers.items() if layer.lora_bias is not None},
             "scalings": {name: layer.scaling for name, layer in self.layers.items()},
+            "groups": self._groups.state(),
             "modules_to_save": {name: module.state_dict() for name, module in self.saved.items()},
             "method": self.method.state_dict(),
         }
@@ -219,7 +231,9 @@ class AdapterContents:
             there are no statistics or starts, as in states from before there were such, every module has none.
         """
         state = (
-            {field: {name: {} for name in self.layers} for field in ("statistics", "starts")} | {"biases": {}} | state
+            {field: {name: {} for name in self.layers} for field in ("statistics", "starts")}
+            | {"biases": {}, "groups": {}}
+            | state
         )
         if state.keys() != _FIELDS:
             different = sorted(state.keys() ^ _FIELDS)
@@ -250,6 +264,10 @@ class AdapterContents:
                 raise ValueError(
                     f"load_state_dict: {field} must have the adapter's entries, got a difference in {different[:5]}"
                 )
+        try:
+            self._groups.check_state(state["groups"])
+        except ValueError as error:
+            raise ValueError(f"load_state_dict: {error}") from error
         for name, bias in state["biases"].items():
             io.check_bias("load_state_dict", name, bias, self.layers[name])
         for name, layer in self.layers.items():
@@ -285,3 +303,4 @@ class AdapterContents:
         for name, tensors in state["modules_to_save"].items():
             self.saved[name].load_state_dict(tensors)
         self.method.load_state_dict(state["method"])
+        self._groups.take_state(state["groups"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import made, outputs
 from numerics import assert_all_accurate
-from towers import CONFIG, Attention, Tower, attached, computed_layers, step, suffixes, twins, x_of  # noqa: F401
+from towers import CONFIG, Attention, Tower, attached, computed_layers, groups_of_any_size, step, suffixes, twins, x_of  # noqa: F401
 
 import adaptlora
 from adaptlora.nn import grouping
@@ -52,14 +52,21 @@ def test_groups_of_known_models(name, computed):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_by_default_there_are_groups_on_a_gpu(device):
-    """Wherever the model is when it runs: it had its adapter before it was moved."""
-    adapter = attached(Tower(Attention(dtype=torch.float32)), group=None)
-    adapter.model.to(device)
-    x = x_of(dtype=torch.float32).to(device)
-    expected = adapter.model(x)
-    torch.testing.assert_close(adapter.model(x), expected)
-    assert suffixes(adapter) == ([("q", "k", "v")] if device == "cuda" else [])
+def test_there_are_groups_unless_one_asks_for_none(device, computed, monkeypatch):
+    """Found for every x, computed on a CPU where x is large enough; wherever the model was when it had its adapter."""
+    monkeypatch.undo()
+    model = Tower(Attention(dtype=torch.float32))
+    adapter = adaptlora.attach(copy.deepcopy(model), adaptlora.LoraConfig(**CONFIG))
+    alone = adaptlora.attach(model, adaptlora.LoraConfig(**CONFIG), group_projections=False)
+    with torch.no_grad():
+        for factor, other in zip(adapter.factors(), alone.factors(), strict=True):
+            factor.copy_(other.normal_())
+    small, large = (torch.randn(1, tokens, 12, device=device) for tokens in (255, 256))
+    for each in (adapter, alone):
+        each.model.to(device)
+    for x in (small, small, large):
+        torch.testing.assert_close(adapter.model(x), alone.model(x))
+    assert adapter.summary()["groups"] == [["0.q", "0.k", "0.v"]] and alone.summary()["groups"] == []
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -112,9 +119,9 @@ def test_checkpointing(use_reentrant, dropout, computed):
     for seed in range(3):
         ours, theirs = (step(adapter, x_of(seed=seed), seed) for adapter in (grouped, alone))
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
-    assert grouped.summary()["groups"] == [[f"{i}.{name}" for name in "qkv"] for i in (0, 1)]
-    # in the forward pass alone, and with hooks for saved tensors not even there
-    assert computed == ([3] * 4 if use_reentrant else [])
+    # With hooks for saved tensors, and with masks that the recomputation must draw again, every layer computes alone.
+    assert grouped.summary()["groups"] == [[f"{i}.{name}" for name in "qkv"] for i in (0, 1) if use_reentrant]
+    assert computed == ([3] * 4 if use_reentrant and not dropout else [])
 
 
 def test_a_checkpoint_around_one_member(computed):

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from towers import Attention, Tower, attached, computed_layers, step, suffixes, twins, x_of  # noqa: F401
+from towers import Attention, Tower, attached, computed_layers, groups_of_any_size, step, suffixes, twins, x_of  # noqa: F401
 
 
 class Between:

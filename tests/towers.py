@@ -6,6 +6,7 @@ from models import randomise
 from torch import nn
 
 import adaptlora
+from adaptlora.nn import grouped_outputs
 from adaptlora.nn.lora_group import LoraGroup
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -31,7 +32,7 @@ class Tower(nn.Sequential):
         super().__init__(*(blocks or (Attention(), Attention())))
 
 
-def attached(model=None, group: bool | None = True, **fields):
+def attached(model=None, group: bool = True, **fields):
     torch.manual_seed(0)
     model = Tower() if model is None else model
     adapter = adaptlora.attach(model, adaptlora.LoraConfig(**CONFIG | fields), group_projections=group)
@@ -46,6 +47,12 @@ def twins(make=Tower, **fields):
         torch.manual_seed(3)
         found.append(attached(make(), group, **fields))
     return found
+
+
+@pytest.fixture(name="any_size", autouse=True)
+def groups_of_any_size(monkeypatch):
+    """Groups compute for every x, however small."""
+    monkeypatch.setattr(grouped_outputs, "FEWEST_TOKENS", 0)
 
 
 @pytest.fixture(name="computed")

@@ -74,7 +74,8 @@ class AdapterCallback(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """What Trainer writes into a checkpoint beside the model's own tensors."""
         scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
-        attributes = {"method": self.adapter.method.state_dict(), "scalings": scalings}
+        groups = self.adapter._groups.state()
+        attributes = {"method": self.adapter.method.state_dict(), "scalings": scalings, "groups": groups}
         return {"args": {}, "attributes": attributes | {"processes": self.adapter.processes.size}}
 
     def _restore(self, stateful_callbacks: dict) -> None:
@@ -93,8 +94,11 @@ class AdapterCallback(TrainerCallback, ExportableState):
                     f"Trainer: the checkpoint must be of this adapter's {field} (attach with the configuration it was made with), "
                     f"got a difference in {different[:5]}"
                 )
+        groups = saved["attributes"].get("groups", {})
+        self.adapter._groups.check_state(groups)
         self.adapter.method.check_state(method)
         self.adapter.method.load_state_dict(method)
+        self.adapter._groups.take_state(groups)
         for name, scaling in scalings.items():
             self.adapter.layers[name].scaling = scaling
 

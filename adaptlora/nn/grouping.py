@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from .frozen import is_quantised, is_sharded
-from .grouped_outputs import Group, Pending
+from .grouped_outputs import Group, Pending, x_state
 from .lora_group import shared
 from .lora_linear import LoraLinear
 
 _OBSERVED = 8  # forward passes at most in which layers that were not called yet are waited for
 _WASTED = 2  # for a result with an output that nobody asked for; one that was used up takes 1 back
 _TOLERATED = 6
+_MODES = {False: "without dropout", True: "with dropout"}
 
 
 def _generator_state(device: torch.device) -> bytes | None:
@@ -40,15 +41,19 @@ class _Pass:
     def __init__(self, mode: _Mode, dropout: bool, observing: bool):
         self.mode, self.dropout, self.observing = mode, dropout, observing
         self.pending: Pending | None = None
-        self.refused = False
+        self.refused = self.succeeded = False
         self.runs: list[list[LoraLinear]] = []
         self._last = None
 
     def alone(self, layer: LoraLinear, x: torch.Tensor, parents: dict) -> torch.Tensor:
         if not self.observing:
             return layer.alone(x)
+        # What could not be grouped shows nothing, nor do layers that are not the model's own, as DataParallel's replicas.
+        if layer not in parents or x_state(x) is None:
+            self.interrupted()
+            return layer.alone(x)
         continues = self._continues(layer, x, parents)
-        version = None if x.is_inference() else x._version
+        version = x._version
         y = layer.alone(x)
         if continues:
             self.runs[-1].append(layer)
@@ -64,7 +69,7 @@ class _Pass:
 
     def _continues(self, layer: LoraLinear, x: torch.Tensor, parents: dict) -> bool:
         """Whether layer is a sibling of the one before it, with the same x, and nobody has drawn random numbers since."""
-        if self._last is None or layer not in parents or layer in self.runs[-1] or x.is_inference():
+        if self._last is None or layer in self.runs[-1]:
             return False
         before, of_x, version, drawn = self._last
         return (
@@ -94,23 +99,22 @@ class Grouping:
     of the others returns its own, unless anything that it depends on is another one than it was: x (the object and its version), the
     layer's tensors, scaling, dropout and mode, grad mode, autocast. An output is returned once, in this forward pass and thread, and only
     if no other adapted layer was called in between; else the layer computes alone, as it does outside the model's forward, for
-    inference tensors, and under torch.compile, saved-tensor hooks (checkpointing), function transforms and tracing. A group whose outputs
-    are mostly not asked for dissolves.
+    inference tensors, under torch.compile, saved-tensor hooks (checkpointing), function transforms and tracing, for an x of few tokens on a
+    CPU, and with dropout while gradients are off. A group whose outputs are mostly not asked for dissolves.
 
     With dropout only layers between whose calls nobody draws random numbers are grouped, and draw what they would draw alone.
 
     Differences from layers that compute alone: the outputs have one node in the graph, so that a backward pass through one of them frees
-    what the others' need (retain_graph=True keeps it); and gradients for x are added up in another order, so that a resumed training, whose
-    first forward pass finds the groups anew, is not the uninterrupted one to the last bit. On a CPU, where a step of a small encoder
-    takes as long with them as without, there are none unless one asks for them.
+    what the others' need (retain_graph=True keeps it); gradients for x are added up in another order; and a write between two calls that
+    torch does not count, through `.data` or NumPy, is not seen by the layers that are called after it.
 
     Args:
         layers: {name: layer} of all adapted layers.
-        enabled: True or False; None for layers on a GPU only.
-    Copies and pickles have no layers and do nothing.
+        enabled: whether to group any.
+    Copies and pickles have no layers and do nothing. `state` is what was found, so that a resumed training computes as it would have.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], enabled: bool | None = None):
+    def __init__(self, layers: dict[str, nn.Module], enabled: bool = True):
         self._enabled = enabled
         self._names = {layer: name for name, layer in layers.items()}
         self._parents: dict[LoraLinear, str] = {}
@@ -124,7 +128,7 @@ class Grouping:
 
     def start(self, model: nn.Module) -> None:
         """Find siblings that may share an x, and watch the model's forward passes; nothing where there are none."""
-        if self._enabled is False:
+        if not self._enabled:
             return
         siblings: dict[tuple, list[LoraLinear]] = {}
         for layer, name in self._names.items():
@@ -139,13 +143,18 @@ class Grouping:
             layer.grouping = weakref.ref(self)
         self._handles = [
             model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._succeed),
             model.register_forward_hook(self._leave, always_call=True),
         ]
 
-    def stop(self) -> None:
-        """Let every layer compute alone from now on."""
+    def stop(self, model: nn.Module) -> None:
+        """Let every layer of the model that `start` was given, or of a copy of it, compute alone from now on."""
         for handle in self._handles:
             handle.remove()
+        # A copy of the model has hooks, but nobody has their handles.
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
         for layer in self._names if self._handles else ():
             layer.grouping = None
         self._handles, self._parents, self._modes = [], {}, {}
@@ -181,28 +190,30 @@ class Grouping:
             return
         # One that an exception which hooks are not told of has left behind goes here.
         self._local.running = None
-        # looked at now, for a model may be moved when it has its adapter
-        if self._enabled is None and not next(iter(self._parents)).weight.is_cuda:
-            return
         dropout = any(layer.training and layer.dropout_p for layer in self._parents)
         mode = self._modes[dropout]
         observing = mode.observed < _OBSERVED and not self._parents.keys() <= mode.seen
         self._local.running = _Pass(mode, dropout, observing)
 
-    def _leave(self, module, args, result) -> None:
+    def _succeed(self, *_) -> None:
+        running = None if torch.compiler.is_compiling() else getattr(self._local, "running", None)
+        if running is not None:
+            running.succeeded = True
+
+    def _leave(self, model: nn.Module, *_) -> None:
         if torch.compiler.is_compiling():
             return
         running, self._local.running = getattr(self._local, "running", None), None
         # A forward pass that failed shows nothing: what was to come is not there.
-        if running is None or result is None:
+        if running is None or not running.succeeded:
             return
         if running.pending is not None:
             running.pending.group.wasted += _WASTED
         if running.refused and any(is_sharded(layer.base_layer) for layer in self._parents):
-            self.stop()
+            self.stop(model)
             return
         with self._lock:
-            if running.observing:
+            if running.observing and running.runs:
                 self._learn(running)
             mode = running.mode
             for first in [first for first, group in mode.groups.items() if group.wasted >= _TOLERATED]:
@@ -216,11 +227,57 @@ class Grouping:
                 mode.groups[first] = Group(run)
         mode.seen.update(layer for run in running.runs for layer in run)
 
+    def state(self) -> dict:
+        """What was found so far, as JSON: by dropout, the groups, the layers that were ever called, and the passes looked at."""
+        with self._lock:
+            return {
+                _MODES[dropout]: {
+                    "groups": [
+                        {"layers": [self._names[layer] for layer in group.layers], "wasted": group.wasted}
+                        for group in mode.groups.values()
+                    ],
+                    "seen": [name for layer, name in self._names.items() if layer in mode.seen],
+                    "observed": mode.observed,
+                }
+                for dropout, mode in self._modes.items()
+            }
+
+    def check_state(self, state: dict) -> None:
+        """Raises: ValueError if `state` is not of these layers."""
+        known = {self._names[layer] for layer in self._parents}
+        for found in state.values() if known else ():
+            named = {*found["seen"], *(name for group in found["groups"] for name in group["layers"])}
+            if not named <= known:
+                raise ValueError(f"groups must be of the adapter's modules, got {sorted(named - known)[:5]}")
+
+    def take_state(self, state: dict) -> None:
+        """Inverse of `state`, from `check_state`; where nothing is to be grouped nothing changes."""
+        layers = {name: layer for layer, name in self._names.items()}
+        self.drop()
+        with self._lock:
+            for dropout in self._modes:
+                found, mode = state.get(_MODES[dropout]), _Mode()
+                if found is not None:
+                    for group in found["groups"]:
+                        made = Group([layers[name] for name in group["layers"]])
+                        made.wasted, mode.groups[made.layers[0]] = group["wasted"], made
+                    mode.seen.update(layers[name] for name in found["seen"])
+                    mode.observed = found["observed"]
+                self._modes[dropout] = mode
+
     def output(self, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         """layer(x)"""
         running = getattr(self._local, "running", None)
         if running is None:
             return layer.alone(x)
+        try:
+            return self._output(running, layer, x)
+        except BaseException:
+            # Whatever the model does about it, nothing of this pass is kept: no hook is told of a KeyboardInterrupt.
+            self._local.running = None
+            raise
+
+    def _output(self, running: _Pass, layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
         pending, running.pending = running.pending, None
         if pending is not None:
             y = pending.take(layer, x, self._epoch)
@@ -232,6 +289,8 @@ class Grouping:
                 return y
             pending.group.wasted += _WASTED
         group = running.mode.groups.get(layer)
+        if group is not None and not group.pays(x):
+            group = None
         pending = None if group is None else group.compute(x, self._epoch)
         if pending is None:
             running.refused = running.refused or group is not None
