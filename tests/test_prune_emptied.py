@@ -102,3 +102,27 @@ def test_other_holders_of_adapters_are_refused():
             adaptlora.prune(other, target_r=2)
         with pytest.raises(TypeError, match="must be a PeftModel"):
             adaptlora.from_peft(other)
+
+
+def test_a_scale_of_a_moment_is_refused():
+    """It would be saved as the adapter's own, or be lost."""
+    adapted = model()
+    before = [p.clone() for p in adapted.parameters()]
+    refused = pytest.raises(ValueError, match=r"first must have the scaling that save_pretrained saves, 2.0, got 1.0")
+    with peft.helpers.rescale_adapter_scale(adapted, 0.5), refused:
+        adaptlora.prune(adapted, target_r=2)
+    assert all(map(torch.equal, adapted.parameters(), before))
+    adaptlora.prune(adapted, target_r=2)
+
+
+def test_what_is_pruned_in_inference_mode_trains_on():
+    adapted = model()
+    with torch.inference_mode():
+        adaptlora.prune(adapted, SVDConfig(rank=2))
+    adapted(X).sum().backward()
+    assert adapted.base_model.model.first.lora_A["default"].weight.grad.shape == (2, 6)
+
+
+def test_layers_as_a_range():
+    config = peft.LoraConfig(target_modules=["q"], layers_to_transform=range(2))
+    assert adaptlora.LoraConfig.from_peft(config).layers_to_transform == [0, 1]

@@ -26,7 +26,9 @@ _CARRIED_OUT = {
 }
 
 
-def from_peft(source, model: nn.Module | None = None, *, adapter_name: str | None = None) -> Adapter:
+def from_peft(
+    source, model: nn.Module | None = None, *, adapter_name: str | None = None, group_projections: bool = True
+) -> Adapter:
     """
     Go on with an adapter of PEFT's as an `Adapter`, with a LoraConfig: the same factors bit for bit, scalings, dropout, biases of B and
     modules_to_save, each trained or frozen, in training mode or not, as it was. `adapter.save` writes it for PEFT again.
@@ -37,6 +39,7 @@ def from_peft(source, model: nn.Module | None = None, *, adapter_name: str | Non
         model: the base model for a path.
         adapter_name: which adapter. Of a path: save_pretrained puts others than "default" into folders of their names; what a saved
             adapter was called does not matter otherwise.
+        group_projections: as in `attach`.
     Raises: TypeError (source, a layer that is no linear one), ValueError (DoRA and whatever else is more than a LoRA of linear layers,
         fields that have no counterpart, an initialisation that changed the base weights, merged or inactive layers, several adapters in
         one PeftModel, of which the others would be lost; of a path as `load`); model and PeftModel are unchanged then.
@@ -44,14 +47,14 @@ def from_peft(source, model: nn.Module | None = None, *, adapter_name: str | Non
     if isinstance(source, (str, os.PathLike)):
         if model is None:
             raise ValueError("from_peft: model must be the base model for a path, got None")
-        return load(model, _folder(Path(source), adapter_name))
+        return load(model, _folder(Path(source), adapter_name), group_projections=group_projections)
     if not is_peft_model(source):
         raise TypeError(f"from_peft: source must be a PeftModel or a path, got {type(source).__name__}")
     if model is not None:
         raise ValueError(
             f"from_peft: model must be None for a PeftModel, which has its own, got {type(model).__name__}"
         )
-    return _Takeover(source, adapter_name).adapter()
+    return _Takeover(source, adapter_name).adapter(group_projections)
 
 
 def _folder(path: Path, adapter_name: str | None) -> Path:
@@ -137,7 +140,7 @@ class _Takeover:
             {name: module.bias for name, module in modules.items() if module.bias is not None},
         )
 
-    def adapter(self) -> Adapter:
+    def adapter(self, group_projections: bool) -> Adapter:
         stored = self._stored()
         config = vars(self.base).pop("peft_config", None)
         for name, layer in self.handle.layers.items():
@@ -149,7 +152,7 @@ class _Takeover:
             _replace(self.base, name, module.get_base_layer() if wrapped is None else wrapped)
         trained = {name for name, parameter in self.base.named_parameters() if parameter.requires_grad}
         try:
-            adapter = _attach(self.base, **stored.attach_options())
+            adapter = _attach(self.base, group_projections=group_projections, **stored.attach_options())
             try:
                 adapter._fill(stored)
             except BaseException:

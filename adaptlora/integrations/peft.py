@@ -131,7 +131,15 @@ class PeftHandle:
                 setattr(self.config, field, value)
 
     def _configuration(self, left: dict[str, Sheared]) -> tuple[dict, dict[str, float]]:
-        """(the configuration's fields, {module: lora_alpha})"""
+        """(the configuration's fields, {module: lora_alpha})  Raises: ValueError (a scaling of a moment, as rescale_adapter_scale's)."""
+        for name, layer in self.layers.items():
+            key, scaling = self.adapter_name, float(layer.scaling[self.adapter_name])
+            saved = layer.lora_alpha[key] / peft_config.divisor(layer.r[key], layer.use_rslora[key])
+            if not math.isclose(scaling, saved, rel_tol=1e-6):
+                raise ValueError(
+                    f"{self._op}: {name} must have the scaling that save_pretrained saves, {saved}, got {scaling}: leave "
+                    "rescale_adapter_scale, or undo scale_layer, first"
+                )
         config, ranks = vars(self.config), {name: new.rank for name, new in left.items()}
         alphas = {name: peft_config.alpha_for(config, left[name].module.scaling, rank) for name, rank in ranks.items()}
         names = [name for name, _ in self.model.get_base_model().named_modules()]

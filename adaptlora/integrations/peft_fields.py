@@ -68,7 +68,9 @@ def fields_from_peft(op: str, peft_config, given, *, adalora: bool = False) -> d
             name = "init_r"
         if name in given or name in silent:
             continue
-        if name in _SAME or (adalora and name in _ADALORA):
+        if name == "layers_to_transform" and isinstance(value, (tuple, range)):
+            fields[name] = list(value)
+        elif name in _SAME or (adalora and name in _ADALORA):
             fields[name] = value
         elif name in _NAMES:
             fields[name] = sorted(value) if isinstance(value, (set, tuple)) else value

@@ -51,7 +51,8 @@ def shear(
     def compute(module: LoraModule):
         return method.module(module, (lambda: handle.weight(module.name)) if method.needs_base else None)
 
-    with torch.no_grad():
+    # What is made in inference mode could never be trained again.
+    with torch.inference_mode(False), torch.no_grad():
         for module, sheared in over(compute, modules.values(), workers if _on_cpu(modules) else 1):
             done[module.name] = sheared
             if progress is not None:
