@@ -32,6 +32,21 @@ def _check_expressions(config, field: str, expressions) -> None:
             ) from error
 
 
+def check_amount(config) -> None:
+    """Raises: ValueError unless exactly one of NormAL's amounts, target_r, budget and threshold, is given, and in its range."""
+    given = [name for name in ("target_r", "budget", "threshold") if getattr(config, name) is not None]
+    if len(given) != 1:
+        kind, found = type(config).__name__, ", ".join(given) or "none"
+        raise ValueError(f"{kind}: exactly one of target_r, budget and threshold must be given, got {found}")
+    if config.target_r is not None:
+        _require(_is_number(config.target_r) and config.target_r > 0, config, "target_r", "must be a number > 0")
+    if config.budget is not None:
+        _require(_is_int(config.budget) and config.budget > 0, config, "budget", "must be an integer > 0")
+    if config.threshold is not None:
+        within = _is_number(config.threshold) and 0 <= config.threshold < 1
+        _require(within, config, "threshold", "must be in [0, 1)")
+
+
 @dataclasses.dataclass
 class LoraConfig:
     """
@@ -203,7 +218,7 @@ class NormALConfig(LoraConfig):
             self.eta_p = 1e-3 if self.penalty_step == "gradient" else 1.0
         _require(_is_number(self.eta_p) and self.eta_p >= 0, self, "eta_p", "must be a number ≥ 0")
         self._check_schedule()
-        self._check_amount()
+        check_amount(self)
 
     def _check_schedule(self):
         if self.schedule is None:
@@ -222,19 +237,6 @@ class NormALConfig(LoraConfig):
         if self.max_steps is not None:
             rule = f"must be None or an integer ≥ min_steps={self.min_steps}"
             _require(_is_int(self.max_steps) and self.max_steps >= self.min_steps, self, "max_steps", rule)
-
-    def _check_amount(self):
-        given = [name for name in ("target_r", "budget", "threshold") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"NormALConfig: exactly one of target_r, budget and threshold must be given, got {', '.join(given) or 'none'}"
-            )
-        if self.target_r is not None:
-            _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
-        if self.budget is not None:
-            _require(_is_int(self.budget) and self.budget > 0, self, "budget", "must be an integer > 0")
-        if self.threshold is not None:
-            _require(_is_number(self.threshold) and 0 <= self.threshold < 1, self, "threshold", "must be in [0, 1)")
 
 
 @dataclasses.dataclass

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ..config import _is_int, _is_number, _require
+from ..config import _is_int, _is_number, _require, check_amount
 
 
 def _check_seed(config) -> None:
@@ -117,17 +117,7 @@ class ClipConfig:
     sort: bool = False
 
     def __post_init__(self):
-        given = [field for field in ("target_r", "budget", "threshold") if getattr(self, field) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"ClipConfig: exactly one of target_r, budget and threshold must be given, got {', '.join(given) or 'none'}"
-            )
-        if self.target_r is not None:
-            _require(_is_number(self.target_r) and self.target_r > 0, self, "target_r", "must be a number > 0")
-        if self.budget is not None:
-            _require(_is_int(self.budget) and self.budget > 0, self, "budget", "must be an integer > 0")
-        if self.threshold is not None:
-            _require(_is_number(self.threshold) and 0 <= self.threshold < 1, self, "threshold", "must be in [0, 1)")
+        check_amount(self)
         for field in ("first_below", "rescale", "sort"):
             _require(isinstance(getattr(self, field), bool), self, field, "must be True or False")
         _require(not self.first_below or self.threshold is not None, self, "first_below", "must go with threshold")
