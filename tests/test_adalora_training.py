@@ -94,7 +94,7 @@ def test_the_run_that_goes_on_is_the_run_that_never_stopped(by, removal, tmp_pat
             r"first: lora_E must have shape \(6, 1\), got \(6,\)",
         ),
         (lambda s: s["statistics"]["second"].pop("lora_A.mean"), "second: statistics: keys must be mean and"),
-        (lambda s: s.pop("scalings"), r"state must hold factors, method, .*difference in \['scalings'\]"),
+        (lambda s: s.pop("scalings"), r"state must hold biases, factors, .*difference in \['scalings'\]"),
         (lambda s: s.update(statisticz=s.pop("statistics")), r"state must hold .*difference in \['statisticz'\]"),
         (lambda s: s["statistics"].pop("second"), r"statistics must have the adapter's entries, .*\['second'\]"),
     ],

@@ -156,7 +156,9 @@ def dcp_saved(tmp_path_factory):
         (b'"$tensor": "random.', b'"$tensor": "rundom.', "adapter.state must be what AdapterState gives: .*rundom"),
         (b'"factors"', b'"factorz"', "factors must have the names that were saved"),
         (b'"python"', b'"pythom"', "adapter.state must be what AdapterState gives: KeyError"),
-        (b'"groups"', b'"groupz"', "adapter.state must be what AdapterState gives: KeyError"),
+        (b'"groups": [{', b'"groupz": [{', "adapter.state must be what AdapterState gives: KeyError"),
+        (b'"groups": {', b'"groupz": {', r"difference in \['groupz'\]"),
+        (b'"seen": []', b'"seem": []', "groups must be what a state holds of them, got KeyError"),
         (b'"statistics"', b'"statisticz"', r"difference in \['statisticz'\]"),
     ],
 )

@@ -186,6 +186,13 @@ def test_states_of_other_modules_are_refused():
     state["groups"]["without dropout"]["groups"][0]["layers"][0] = "0.elsewhere"
     with pytest.raises(ValueError, match=r"groups must be of the adapter's modules, got \['0.elsewhere'\]"):
         adapter.load_state_dict(state)
+    found = state["groups"]["without dropout"]
+    found["groups"][0]["layers"] = ["0.q", "1.k"]
+    with pytest.raises(ValueError, match=r"groups must be of siblings, got \['0.q', '1.k'\]"):
+        adapter.load_state_dict(state)
+    for wrong in ({"without dropout": []}, {"without dropout": found | {"observed": "1"}}, {"without dropout": {}}):
+        with pytest.raises(ValueError, match="groups must be what a state holds of them, got (Key|Type)Error"):
+            adapter.load_state_dict(state | {"groups": wrong})
     del state["groups"]
     adapter.load_state_dict(state)
     assert suffixes(adapter) == []

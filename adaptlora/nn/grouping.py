@@ -243,12 +243,24 @@ class Grouping:
             }
 
     def check_state(self, state: dict) -> None:
-        """Raises: ValueError if `state` is not of these layers."""
-        known = {self._names[layer] for layer in self._parents}
-        for found in state.values() if known else ():
-            named = {*found["seen"], *(name for group in found["groups"] for name in group["layers"])}
-            if not named <= known:
-                raise ValueError(f"groups must be of the adapter's modules, got {sorted(named - known)[:5]}")
+        """Raises: ValueError if `state` is not what `state` gives for these layers."""
+        parents = {self._names[layer]: parent for layer, parent in self._parents.items()}
+        try:
+            groups = [group for found in state.values() for group in found["groups"]]
+            named = {name for found in state.values() for name in found["seen"]}
+            named.update(name for group in groups for name in group["layers"])
+            numbers = [*(found["observed"] for found in state.values()), *(group["wasted"] for group in groups)]
+            if any(type(number) is not int for number in numbers):
+                raise TypeError(f"numbers {numbers}")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"groups must be what a state holds of them, got {type(error).__name__}: {error}"
+            ) from error
+        if parents and not named <= parents.keys():
+            raise ValueError(f"groups must be of the adapter's modules, got {sorted(named - parents.keys())[:5]}")
+        for group in groups if parents else ():
+            if len({parents[name] for name in group["layers"]}) != 1:
+                raise ValueError(f"groups must be of siblings, got {group['layers']}")
 
     def take_state(self, state: dict) -> None:
         """Inverse of `state`, from `check_state`; where nothing is to be grouped nothing changes."""
