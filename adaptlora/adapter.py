@@ -88,6 +88,7 @@ def _attach(
         for key in getattr(config, field):
             if not any(matches_pattern(key, name) for name in targets):
                 raise ValueError(f"attach: {field} must name adapted modules, got {key!r}")
+    _report_stacked(model, config)
     required = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     kind = METHODS[type(config)]
     try:
@@ -105,7 +106,6 @@ def _attach(
         raise
     for name, module in {**layers, **trained}.items():
         _replace(model, name, module)
-    _report_stacked(model, config)
     groups = Grouping(layers, group_projections)
     return Adapter(model, config, layers, trained, saved, method, required, groups)
 

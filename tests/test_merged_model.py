@@ -85,7 +85,9 @@ def test_from_pretrained_computes_what_merge_computes(case, tmp_path):
     with torch.no_grad():
         theirs = loaded.eval()(**inputs).logits
         assert torch.equal(theirs, adapter.merge()(**inputs).logits)
-    torch.testing.assert_close(theirs, expected, rtol=0.1 if model.dtype == torch.bfloat16 else 1e-4, atol=0.1)
+    # A merged weight is rounded once to its own dtype; the layers keep their update apart.
+    tolerance = 2e-2 if model.dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(theirs, expected, rtol=tolerance, atol=tolerance)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert index["metadata"]["total_parameters"] == loaded.num_parameters()
