@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch.distributed as dist
 from distributed_bytes import check, live, sharded, traffic
 from distributed_providers import FLOOR, LINEARS, MINILM, SMALL, Case, Trained
-from harness import Comparison, Interleaved, environment
 from loopback import own_network
 from processes import run
 from rich.console import Console
 from rich.table import Table
 
 import adaptlora
+from adaptlora.benchmarks.harness import Comparison, Interleaved, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = (1, 2, 4)

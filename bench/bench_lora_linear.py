@@ -17,10 +17,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import usable
 from numerics import assert_accurate, assert_all_accurate
 from torch import nn
 
+from adaptlora.benchmarks.harness import usable
 from adaptlora.nn import LoraGroup, LoraLinear
 from adaptlora.ops import lora_linear_ref
 from adaptlora.ops._dropout import new_seed

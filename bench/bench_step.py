@@ -12,7 +12,6 @@ R = 8. SmolLM2 with M = 256: 108.7 G for the blocks (29.0 G more for its output 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import peak_bytes, usable
 from numerics import FLOOR, errors
 from providers import (
     TARGET,
@@ -32,6 +31,8 @@ from providers import (
     plain,
     shared_copy,
 )
+
+from adaptlora.benchmarks.harness import peak_bytes, usable
 
 FLOOR_NAME = "frozen, forward and dx"
 

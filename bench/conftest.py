@@ -7,7 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from harness import Comparison, Interleaved, Report
+
+from adaptlora.benchmarks.harness import Comparison, Interleaved, Report
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = pytest.StashKey[Report]()

@@ -265,7 +265,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    from harness import environment
+    from adaptlora.benchmarks.harness import environment
 
     report = {"environment": environment(), "cases": []}
     for loop in options.loop or LOOPS:

@@ -191,7 +191,7 @@ def main() -> None:
 
 def write(done: list[dict], seed: int, timeout: float) -> None:
     """Of every kind how often, in which phases, how long until the last of the others raised, what one said; then all trials."""
-    from harness import environment
+    from adaptlora.benchmarks.harness import environment
 
     kinds = {}
     for kind in sorted({result["kind"] for result in done}):

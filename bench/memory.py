@@ -21,12 +21,12 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import environment
 from providers import LINEARS, LR, AdaLora, Ours, Peft, batch_for, load
 from rich.console import Console
 from rich.table import Table
 
 import adaptlora
+from adaptlora.benchmarks.harness import environment
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 MIB = 2**20

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adaptlora import doctor
-from adaptlora.ops import _backend
+from .. import doctor
+from ..ops import _backend
 
 Provider = Callable[[], object]
 
