@@ -52,21 +52,32 @@ def rank_heatmap(
         raise ValueError("rank_heatmap: ranks must name at least one module, got none")
     kinds, layers, table = rank_grid(ranks)
     top = max(max_rank or 0, *ranks.values(), 1)
-    figure_module = need("matplotlib.figure", "a picture")
-    colours = need("matplotlib", "a picture").colormaps["YlGnBu"]
-    values = [[float("nan") if rank is None else rank for rank in row] for row in table]
-
-    longest = max(map(len, kinds))
-    cell = 0.46 if len(layers) <= 16 else 0.34
-    width = max(4.6, cell * len(layers) + 0.085 * longest + 1.7)
-    figure = figure_module.Figure(figsize=(width, max(2.2, 0.38 * len(kinds) + 1.5)), layout="constrained")
+    figure = need("matplotlib.figure", "a picture").Figure(figsize=grid_size(kinds, layers), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap=colours, vmin=0, vmax=top, aspect="auto")
+    image = draw_grid(axes, kinds, layers, table, colours="YlGnBu", low=0, top=top)
+    axes.set_title(title, fontsize=10, loc="left")
+    colour_bar(figure, image, axes, "rank (vectors)", pad=0.02, fraction=0.06)
+    return save_figure(figure, path)
+
+
+def grid_size(kinds: Sequence[str], layers: Sequence[str]) -> tuple[float, float]:
+    """Inches that a heat map of so many rows and columns needs, with its colour bar."""
+    cell = 0.46 if len(layers) <= 16 else 0.34
+    width = max(4.6, cell * len(layers) + 0.085 * max(map(len, kinds)) + 1.7)
+    return width, max(2.2, 0.38 * len(kinds) + 1.5)
+
+
+def draw_grid(axes, kinds, layers, table, *, colours: str, low: float, top: float, text=str):
+    """The table of `rank_grid` as coloured cells, each with text(its value), on `axes`; None stays empty.  Returns: the image."""
+    map_ = need("matplotlib", "a picture").colormaps[colours]
+    values = [[float("nan") if value is None else value for value in row] for row in table]
+    image = axes.imshow(values, cmap=map_, vmin=low, vmax=top, aspect="auto")
     for row, of_kind in enumerate(table):
-        for column, rank in enumerate(of_kind):
-            if rank is not None:
-                ink = "white" if rank > 0.6 * top else INK
-                axes.text(column, row, str(rank), ha="center", va="center", color=ink, fontsize=8)
+        for column, value in enumerate(of_kind):
+            if value is not None:
+                red, green, blue, _ = map_((value - low) / (top - low))
+                ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
+                axes.text(column, row, text(value), ha="center", va="center", color=ink, fontsize=8)
     axes.set_xticks(range(len(layers)), layers, fontsize=8)
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.set_xticks([i + 0.5 for i in range(len(layers) - 1)], minor=True)
@@ -76,13 +87,17 @@ def rank_heatmap(
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer")
     axes.set_ylabel("module")
-    axes.set_title(title, fontsize=10, loc="left")
-    bar = figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
-    bar.set_label("rank (vectors)")
-    bar.locator = need("matplotlib.ticker", "a picture").MaxNLocator(integer=True)
+    return image
+
+
+def colour_bar(figure, image, axes, label: str, *, integers: bool = True, **place) -> None:
+    """The colour scale of `image`, with ticks at integers, without a frame."""
+    bar = figure.colorbar(image, ax=axes, **place)
+    bar.set_label(label)
+    if integers:
+        bar.locator = need("matplotlib.ticker", "a picture").MaxNLocator(integer=True)
     bar.update_ticks()
     bar.outline.set_visible(False)
-    return _save(figure, path)
 
 
 def loss_curve(
@@ -135,7 +150,7 @@ def loss_curve(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def rank_steps(history: Mapping, path: str | Path, *, title: str = "Ranks over the steps") -> Path:
@@ -168,12 +183,8 @@ def rank_steps(history: Mapping, path: str | Path, *, title: str = "Ranks over t
     above.set_ylabel("layer" if names != groups else "group")
     above.tick_params(axis="both", length=0)
     above.set_title(title, fontsize=10, loc="left")
-    bar = figure.colorbar(image, ax=above, pad=0.02, fraction=0.06, aspect=6 * heat)
-    bar.set_label("rank of the group")
-    bar.locator = ticker.MaxNLocator(integer=True)
-    bar.update_ticks()
-    for spines in (bar.outline, above.spines[:]):
-        spines.set_visible(False)
+    above.spines[:].set_visible(False)
+    colour_bar(figure, image, above, "rank of the group", pad=0.02, fraction=0.06, aspect=6 * heat)
 
     below.step(range(steps + 1), table.sum(0).tolist(), where="mid", color=OURS, linewidth=1.8)
     below.set_xlim(-0.5, steps + 0.5)
@@ -186,7 +197,7 @@ def rank_steps(history: Mapping, path: str | Path, *, title: str = "Ranks over t
     below.spines[["top", "right"]].set_visible(False)
     below.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     below.set_axisbelow(True)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _group_ticks(groups: Sequence[str], most: int = 32) -> tuple[list[float], list[str]]:
@@ -230,7 +241,7 @@ def overlap_curves(curves: Mapping[str, tuple[Sequence[float | None], int]], pat
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
@@ -239,7 +250,8 @@ def _smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _save(figure, path: str | Path) -> Path:
+def save_figure(figure, path: str | Path) -> Path:
+    """Write a figure as PNG, complete or not at all."""
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     return Path(path)

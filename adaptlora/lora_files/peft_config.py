@@ -42,19 +42,29 @@ def check_config(op: str, file: Path, config: dict, names) -> None:
     Args: names: of the adapted modules.
     Raises: ValueError if ranks or scalings are damaged, patterns could take forever, or the factors are not the base's own weights'.
     """
+    check_scalings(op, file, config, names)
+    dropout = config.get("lora_dropout", 0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"{op}: {file}: lora_dropout must be in [0, 1), got {dropout!r}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise ValueError(f"{op}: {file}: modules_to_save must be a list of names, got {saved!r}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f'{op}: {file}: bias must be "none", got {config["bias"]!r}')
+    changed = changed_base(config)
+    if changed is not None:
+        raise ValueError(f"{op}: {file}: {changed}")
+
+
+def check_scalings(op: str, file: Path, config: dict, names) -> None:
+    """The part of `check_config` that `rank_of` and `scaling_of` rely on, for modules of these names.  Raises: ValueError."""
     if type(config.get("r")) is not int or not is_positive(config["r"]):
         raise ValueError(f"{op}: {file}: r must be an integer > 0, got {config.get('r')!r}")
     if not is_positive(config.get("lora_alpha")):
         raise ValueError(f"{op}: {file}: lora_alpha must be a number > 0, got {config.get('lora_alpha')!r}")
-    dropout = config.get("lora_dropout", 0)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"{op}: {file}: lora_dropout must be in [0, 1), got {dropout!r}")
     for field in _FLAGS:
         if config.get(field) not in (None, True, False):
             raise ValueError(f"{op}: {file}: {field} must be true or false, got {config[field]!r}")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise ValueError(f"{op}: {file}: modules_to_save must be a list of names, got {saved!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(map(is_positive, pattern.values())):
@@ -67,11 +77,6 @@ def check_config(op: str, file: Path, config: dict, names) -> None:
                     f"{op}: {file}: {field} must have regular expressions as keys, got {key!r}: {error}"
                 ) from error
         check_expressions(op, f"{file}: {field}", pattern, names)
-    if config.get("bias", "none") != "none":
-        raise ValueError(f'{op}: {file}: bias must be "none", got {config["bias"]!r}')
-    changed = changed_base(config)
-    if changed is not None:
-        raise ValueError(f"{op}: {file}: {changed}")
 
 
 def changed_base(config: dict) -> str | None:
