@@ -8,11 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from adaptlora.benchmarks.harness import Comparison, Interleaved, Report
+from adaptlora.benchmarks.case import WARMUP_ROUNDS, Case
+from adaptlora.benchmarks.harness import Interleaved, Report
+from adaptlora.benchmarks.roofline import measure as measure_limits
+from adaptlora.benchmarks.timing import default_device, timer_for
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = pytest.StashKey[Report]()
-WARMUP_ROUNDS = 3
 
 
 def pytest_addoption(parser):
@@ -37,22 +39,40 @@ def quick(request) -> bool:
     return request.config.getoption("--quick")
 
 
-@pytest.fixture
-def compare(request, benchmark, quick):
-    """
-    compare(case, providers, floor, rounds, warmup, unavailable, facts): times the providers, interleaved, into the report, and returns
-    the samples, {provider: seconds of each round}.
-    """
+@pytest.fixture(scope="session")
+def limits(quick):
+    """This machine's, measured in this session before the first case that asks for them."""
+    return measure_limits(timer_for(default_device()), quick=quick)
 
-    def run(case, providers, *, floor, rounds, warmup=WARMUP_ROUNDS, unavailable=None, facts=None):
-        rounds = 3 if quick else rounds
-        interleaved = Interleaved(providers)
-        benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=warmup)
-        samples = {name: interleaved.samples[name][-rounds:] for name in providers}
-        comparison = Comparison(case, floor, samples, unavailable or {}, facts if facts is not None else {})
+
+@pytest.fixture
+def measure(request, benchmark, quick):
+    """measure(case): times a `Case` into the report and returns the samples, {provider: seconds of each round}."""
+
+    def run(case: Case) -> dict[str, list[float]]:
+        rounds = 3 if quick else case.rounds
+        interleaved = Interleaved(case.providers, timer_for(default_device(), graphs=case.graphs))
+        benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=case.warmup)
+        comparison = case.comparison(interleaved, rounds, request.getfixturevalue("limits") if case.work else None)
         benchmark.extra_info.update(comparison.summary())
         request.config.stash[REPORT].add(request.path.stem, comparison)
-        return samples
+        return comparison.samples
+
+    return run
+
+
+@pytest.fixture
+def compare(measure):
+    """
+    compare(case, providers, floor, rounds, warmup, unavailable, facts, work, graphs): `measure` of a `Case` with these fields, `facts`
+    and `work` may change until the report is written.
+    """
+
+    def run(
+        case, providers, *, floor, rounds, warmup=WARMUP_ROUNDS, unavailable=None, facts=None, work=None, graphs=False
+    ):
+        facts, work = ({} if given is None else given for given in (facts, work))
+        return measure(Case(case, providers, floor, rounds, warmup, unavailable or {}, facts, work, graphs))
 
     return run
 
