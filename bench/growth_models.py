@@ -1,0 +1,211 @@
+"""What cost_growth.py measures: stacks of frozen linears with adapters of both packages, and the calls that are timed on them."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import peft
+import torch
+from providers import ALPHA, Ours, Peft, shared_copy
+from torch import nn
+
+import adaptlora
+from adaptlora.benchmarks.harness import peak_bytes
+from adaptlora.ops import rank_penalty
+from adaptlora.ranks import commit_ranks
+
+ETA = 1e-3
+TARGETS = r"layers\.\d+"
+FROZEN, PEFT, OURS = "frozen", "PEFT", "adaptlora"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a cost is measured at: rank of every module, square modules in a row, tokens of a step, in_features = out_features."""
+
+    rank: int = 8
+    modules: int = 12
+    tokens: int = 256
+    width: int = 256
+
+
+class Stack(nn.Module):
+    """Linears one after the other with random weights of unit gain; returns an object with .loss, as providers.py steps it."""
+
+    def __init__(self, point: Point):
+        super().__init__()
+        like = {"bias": False, "dtype": torch.float32}
+        self.layers = nn.ModuleList(nn.Linear(point.width, point.width, **like) for _ in range(point.modules))
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=point.width**-0.5)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(loss=x.square().mean())
+
+
+def fill(trained: Ours | Peft) -> None:
+    """The same factors in both; B small, so that a thousand layers neither explode nor vanish."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for A, B in trained.factors().values():
+            A.copy_(torch.randn(A.shape, generator=generator) / A.shape[1] ** 0.5)
+            B.copy_(1e-3 * torch.randn(B.shape, generator=generator))
+
+
+def published_penalty(lora_As, lora_Bs):
+    """Module by module in autograd, as NormAL was published; one call of `torch._foreach_norm` is no faster."""
+    total, weights = 0.0, torch.arange(1, lora_As[0].shape[0] + 1).sqrt()
+    for A, B in zip(lora_As, lora_Bs, strict=True):
+        total = total + (weights * (A.norm(dim=1) + B.norm(dim=0))).sum()
+    return total
+
+
+class OurChange:
+    """Every module to half its rank, gradients and AdamW's state included, and the rest freed; `prepare` brings the old rank back."""
+
+    def __init__(self, trained: Ours, rank: int):
+        self.trained, self.rank = trained, rank
+        self.pairs = {name: layer.pair for name, layer in trained.adapter.layers.items()}
+
+    def prepare(self) -> None:
+        commit_ranks(self.pairs, dict.fromkeys(self.pairs, self.rank))
+
+    def __call__(self) -> None:
+        commit_ranks(self.pairs, dict.fromkeys(self.pairs, self.rank // 2), compact=True)
+
+
+class ChangeByHand:
+    """
+    The same for PEFT's LoRA. PEFT has no call for it: this is what one writes, parameters made of the rows that stay, and AdamW's state
+    of the same rows under them.
+    """
+
+    def __init__(self, trained: Peft, rank: int):
+        self.trained, self.rank = trained, rank
+        self.linears = [
+            (linear, dim)
+            for module in trained.model.modules()
+            if isinstance(module, peft.tuners.lora.LoraLayer)
+            for linear, dim in ((module.lora_A["default"], 0), (module.lora_B["default"], 1))
+        ]
+        self.weights = [linear.weight for linear, _ in self.linears]
+        self.states = [trained.optimizer.state[weight] for weight in self.weights]
+
+    def prepare(self) -> None:
+        self.trained.optimizer.state.clear()
+        for (linear, _), weight, state in zip(self.linears, self.weights, self.states, strict=True):
+            linear.weight = weight
+            self.trained.optimizer.state[weight] = state
+        self.trained.optimizer.param_groups[0]["params"] = list(self.weights)
+
+    def __call__(self) -> None:
+        optimizer, rank, weights = self.trained.optimizer, self.rank // 2, []
+        for linear, dim in self.linears:
+            old = linear.weight
+            linear.weight = nn.Parameter(old.detach().narrow(dim, 0, rank).clone())
+            state = optimizer.state.pop(old)
+            optimizer.state[linear.weight] = {
+                key: value.narrow(dim, 0, rank).clone() if value.dim() else value for key, value in state.items()
+            }
+            weights.append(linear.weight)
+        optimizer.param_groups[0]["params"] = weights
+
+
+def held_bytes(trained: Ours | Peft) -> int:
+    """Factors and optimizer state between two steps."""
+    factors = [factor for pair in trained.factors().values() for factor in pair]
+    states = [t for state in trained.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    return sum(t.numel() * t.element_size() for t in (*factors, *states))
+
+
+class Models:
+    """All providers at one point, over the same weights, with AdamW's state there."""
+
+    def __init__(self, point: Point):
+        torch.manual_seed(0)
+        self.point = point
+        self.x = torch.randn(point.tokens, point.width).requires_grad_()
+        self.stack = Stack(point)
+        self.peft, self.ours = self._peft(), self._ours()
+        self.changing = {OURS: self._ours(), PEFT: self._peft()}
+        for trained in (self.peft, self.ours, *self.changing.values()):
+            fill(trained)
+        self._check_gradients()
+        for trained in (self.peft, self.ours, *self.changing.values()):
+            trained.step({"x": self.x})
+
+    def _peft(self) -> Peft:
+        config = peft.LoraConfig(r=self.point.rank, lora_alpha=ALPHA, target_modules=TARGETS)
+        return Peft(shared_copy(self.stack), config)
+
+    def _ours(self) -> Ours:
+        config = adaptlora.LoraConfig(r=self.point.rank, lora_alpha=ALPHA, target_modules=TARGETS)
+        return Ours(shared_copy(self.stack), config)
+
+    def _check_gradients(self) -> None:
+        found = []
+        for trained in (self.peft, self.ours):
+            trained.model(x=self.x).loss.backward()
+            found.append([factor.grad for _, pair in sorted(trained.factors().items()) for factor in pair])
+            trained.optimizer.zero_grad()
+        for theirs, ours in zip(*found, strict=True):
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), "adaptlora and PEFT differ in a gradient"
+        self.x.grad = None
+
+    def _check_changes(self, changes: dict) -> None:
+        for change in changes.values():
+            change.prepare()
+            change()
+        losses = [change.trained.model(x=self.x).loss.item() for change in changes.values()]
+        assert abs(losses[0] - losses[1]) <= 1e-4 * abs(losses[0]), "adaptlora and PEFT differ after the rank change"
+
+    def _frozen_step(self) -> None:
+        self.x.grad = None
+        self.stack(self.x).loss.backward()
+
+    def steps(self) -> dict:
+        """Forward, backward to x and the factors, AdamW's step; of the frozen model what no adapter can save."""
+
+        def step(trained):
+            def run():
+                self.x.grad = None
+                trained.step({"x": self.x})
+
+            return run
+
+        return {FROZEN: self._frozen_step, PEFT: step(self.peft), OURS: step(self.ours)}
+
+    def peaks(self) -> dict[str, int]:
+        """
+        Bytes of tensors at the worst moment of a step, without the base weights and x: factors and AdamW's state, gradients,
+        activations, and what passes.
+        """
+        held = {FROZEN: 0, PEFT: held_bytes(self.peft), OURS: held_bytes(self.ours)}
+        return {name: held[name] + peak_bytes(run) for name, run in self.steps().items()}
+
+    def penalties(self) -> dict:
+        """NormAL's penalty over all modules with its gradient: one op, and the published loop over PEFT's factors."""
+
+        def run(penalty, trained):
+            sides = [list(side) for side in zip(*trained.factors().values(), strict=True)]
+
+            def call():
+                trained.optimizer.zero_grad()
+                (ETA * penalty(*sides)).backward()
+
+            return call
+
+        return {PEFT: run(published_penalty, self.peft), OURS: run(rank_penalty, self.ours)}
+
+    def rank_changes(self) -> dict:
+        """Every module to half its rank with AdamW's state; none at rank 1."""
+        if self.point.rank < 2:
+            return {}
+        changes = {
+            PEFT: ChangeByHand(self.changing[PEFT], self.point.rank),
+            OURS: OurChange(self.changing[OURS], self.point.rank),
+        }
+        self._check_changes(changes)
+        return changes
