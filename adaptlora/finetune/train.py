@@ -8,7 +8,7 @@ for step in train({"ours": learner}, batches, steps=100):
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy
@@ -31,8 +31,17 @@ class Step:
     results: Mapping[str, StepResult]
 
 
+def whole_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The loss that the model returns for the batch, in one piece."""
+    yield model(**batch).loss
+
+
 class Learner:
-    """A model, its trainable parameters (or groups of them with learning rates of their own) under AdamW, and its adapter if it has one."""
+    """A model, its trainable parameters (or groups of them with learning rates of their own) under AdamW, and its adapter if it has one.
+
+    `losses(model, batch)` gives the loss in addends; each is differentiated before the next is computed, so that a batch may be larger
+    than what fits into memory at once.
+    """
 
     def __init__(
         self,
@@ -42,8 +51,10 @@ class Learner:
         lr: float,
         weight_decay: float = 0.01,
         adapter=None,
+        losses: Callable[[nn.Module, Mapping[str, Tensor]], Iterable[Tensor]] = whole_loss,
     ):
         self.model = model
+        self.losses = losses
         self.adapter = adapter
         self.lr = lr
         self.optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay)
@@ -53,7 +64,7 @@ class Learner:
             adapter.track(self.optimizer)
 
     def step(self, batch: Mapping[str, Tensor], lr_factor: float = 1.0) -> StepResult:
-        """loss(batch) + penalty → backward → optimizer → adapter.step, timed.
+        """losses(batch) + penalty → backward → optimizer → adapter.step, timed.
 
         Raises: ValueError (a loss that is not finite).
         """
@@ -61,14 +72,15 @@ class Learner:
             group["lr"] = rate * lr_factor
         self.model.train()
         start = _now(batch)
-        loss = self.model(**batch).loss
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(
-                f"train: the loss must be finite, got {value}; a lower learning rate than {self.lr} may help"
-            )
-        total = loss if self.adapter is None else loss + self.adapter.penalty()
-        total.backward()
+        value = 0.0
+        for number, loss in enumerate(self.losses(self.model, batch)):
+            value += loss.item()
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"train: the loss must be finite, got {value}; a lower learning rate than {self.lr} may help"
+                )
+            penalised = self.adapter is not None and number == 0
+            (loss + self.adapter.penalty() if penalised else loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = _now(batch) - start
