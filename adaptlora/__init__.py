@@ -10,7 +10,7 @@ from .integrations.compile import dynamic_ranks
 from .integrations.from_peft import from_peft
 from .integrations.peft_prune import prune
 from .logs import log_values
-from .methods import NonFiniteError
+from .methods import NonFiniteError, register_method
 from .optimizer_state import register_optimizer_state
 from .ranks import RankedPair
 from .shear import (
@@ -59,6 +59,7 @@ __all__ = [
     "nn",
     "ops",
     "prune",
+    "register_method",
     "register_optimizer_state",
     "restore",
     "save_checkpoint",
