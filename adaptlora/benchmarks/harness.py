@@ -36,11 +36,12 @@ class Interleaved:
         self.timer = timer_for(default_device()) if timer is None else timer
         self.providers = [(name, run, self.timer.ready(name, run)) for name, run in providers.items()]
         self.samples: dict[str, list[float]] = {name: [] for name in providers}
+        gc.collect()
 
     def __call__(self) -> None:
         first, *rest = self.providers
-        # The collector would otherwise run in whichever provider fills its quota.
-        gc.collect()
+        # The collector would otherwise run in whichever provider fills its quota. What the last round left is young.
+        gc.collect(1)
         gc.disable()
         try:
             for name, run, ready in self.providers:
@@ -192,6 +193,11 @@ class Report:
     def __init__(self):
         self.environment = environment()
         self.comparisons: dict[str, list[Comparison]] = {}
+        self.not_run: list[dict[str, str]] = []
+
+    def skip(self, bench: str, case: str, reason: str) -> None:
+        """A case that cannot run here."""
+        self.not_run.append({"scenario": bench, "case": case, "reason": reason})
 
     def add(self, bench: str, comparison: Comparison) -> None:
         self.comparisons.setdefault(bench, []).append(comparison)
@@ -204,6 +210,8 @@ class Report:
             console.rule(bench)
             for comparison in comparisons:
                 console.print(comparison.table())
+        for skipped in self.not_run:
+            console.print("not run: {case}: {reason}".format(**skipped), highlight=False)
         return console.file.getvalue()
 
     def content(self, bench: str | None = None) -> dict:
@@ -211,7 +219,7 @@ class Report:
         if bench is not None:
             return {"environment": self.environment, "cases": [c.summary() for c in self.comparisons[bench]]}
         cases = [{"scenario": name, **c.summary()} for name, found in self.comparisons.items() for c in found]
-        return {"environment": self.environment, "cases": cases}
+        return {"environment": self.environment, "cases": cases, "not_run": self.not_run}
 
     def write(self, folder: Path) -> list[Path]:
         """One JSON file per benchmark file, replacing that of the last run."""

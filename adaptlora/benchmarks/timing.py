@@ -44,6 +44,7 @@ class CudaTimer:
     def ready(self, name: str, run: Provider) -> Provider:
         """The replay of a graph of `run` where one can be captured, else `run`."""
         if not self.graphs:
+            self.not_captured[name] = "it decides in Python, which a replay would not repeat"
             return run
         if hasattr(run, "prepare"):
             self.not_captured[name] = "it is prepared anew before each call"

@@ -34,9 +34,12 @@ class Work:
         return Work(self.bytes + other.bytes, self.flops + other.flops, self.dtype, self.touched + other.touched)
 
 
-def layer(M: int, K: int, N: int, R: int, dtype: torch.dtype, *, bias: bool = True, siblings: int = 1) -> Work:
+def layer(
+    M: int, K: int, N: int, R: int, dtype: torch.dtype, *, bias: bool = True, siblings: int = 1, dx: bool = True
+) -> Work:
     """
     Forward and backward (dx, dA, dB) of `siblings` adapted linears of one x (M, K), y (M, N) each; R = 0: the frozen linear.
+    Without dx, of an x that nothing before it is trained for, W is not read again.
 
     bytes, e an element of x, W and y, f = 4 of the factors:
         forward     x once, W, bias, y written: e(MK + NK + N + MN); A, B read, S written: f(RK + RN + MR)
@@ -44,10 +47,11 @@ def layer(M: int, K: int, N: int, R: int, dtype: torch.dtype, *, bias: bool = Tr
     FLOPs: 4·M·N·K for y and dx; 6·M·R·(K + N): 2 for S and y, 2 for dS and dx, 2 for dA and dB.
     """
     e, f = dtype.itemsize, FACTOR_BYTES
-    shared = e * (2 * M * K + (M * K if R else 0))
-    own = e * (2 * M * N + 2 * N * K + N * bias) + f * (3 * R * (K + N) + 2 * M * R)
-    footprint = e * 2 * M * K + siblings * (e * (2 * M * N + N * K + N * bias) + f * (2 * R * (K + N) + M * R))
-    return Work(shared + siblings * own, siblings * (4 * M * N * K + 6 * M * R * (K + N)), dtype, footprint)
+    shared = e * M * K * (1 + dx + bool(R))
+    own = e * (2 * M * N + (1 + dx) * N * K + N * bias) + f * (3 * R * (K + N) + 2 * M * R)
+    footprint = e * M * K * (1 + dx) + siblings * (e * (2 * M * N + N * K + N * bias) + f * (2 * R * (K + N) + M * R))
+    flops = 2 * M * N * K * (1 + dx) + 6 * M * R * (K + N) - (0 if dx else 2 * M * R * K)
+    return Work(shared + siblings * own, siblings * flops, dtype, footprint)
 
 
 def penalty(elements: int) -> Work:
@@ -72,15 +76,15 @@ def low_rank_svd(K: int, N: int, R: int) -> Work:
     return Work(FACTOR_BYTES * (2 * R * (K + N) + R), 4 * R * R * (K + N))
 
 
-def randomized_svd(K: int, N: int, columns: int, n_iter: int) -> Work:
+def randomized_svd(K: int, N: int, columns: int) -> Work:
     """
-    Leading triplets of W (N, K) by subspace iteration with `columns` columns: W is read 2·n_iter + 2 times, each time as a product with
-    `columns` vectors, and `columns` vectors of U and Vh are written. What orthogonalises them is left out.
+    Leading triplets of W (N, K) from a subspace of `columns` vectors: W is read twice, for a sketch and for the projection on it, each
+    time as a product with all of them, and as many vectors of U and Vh are written. Iterations, which are the price of accuracy, and
+    what orthogonalises the vectors are left out.
     """
-    passes = 2 * n_iter + 2
-    e = FACTOR_BYTES
-    footprint = e * (N * K + columns * (N + K))
-    return Work(e * (passes * N * K + columns * (N + K)), passes * 2 * N * K * columns, footprint=footprint)
+    vectors = FACTOR_BYTES * columns * (N + K)
+    footprint = FACTOR_BYTES * N * K + vectors
+    return Work(FACTOR_BYTES * 2 * N * K + vectors, 4 * N * K * columns, footprint=footprint)
 
 
 def adamw(elements: int) -> Work:
@@ -89,23 +93,23 @@ def adamw(elements: int) -> Work:
 
 
 def training_step(
-    linears: Iterable[tuple[int, int, int, bool]], frozen: Iterable[tuple[int, int]], M: int, attention_flops: int
+    linears: Iterable[tuple[int, int, int, bool, bool]], frozen: Iterable[tuple[int, int]], M: int, attention_flops: int
 ) -> Work:
     """
     A step in float32, forward and backward, and AdamW over the factors. Norms, activations, softmax and the embedding are not counted,
     so that this is a lower limit.
 
     Args:
-        linears: (K, N, R, bias) of every adapted linear.   frozen: (K, N) of the other linears that all M tokens go through.
+        linears: (K, N, R, bias, dx) of every adapted linear.     frozen: (K, N) of the other linears that all M tokens go through.
         M: tokens.   attention_flops: see `attention`.
     """
     linears = list(linears)
     total = Work(0, attention_flops)
-    for K, N, R, bias in linears:
-        total += layer(M, K, N, R, torch.float32, bias=bias)
+    for K, N, R, bias, dx in linears:
+        total += layer(M, K, N, R, torch.float32, bias=bias, dx=dx)
     for K, N in frozen:
         total += layer(M, K, N, 0, torch.float32, bias=False)
-    return total + adamw(sum(R * (K + N) for K, N, R, _ in linears))
+    return total + adamw(sum(R * (K + N) for K, N, R, *_ in linears))
 
 
 def attention(M: int, tokens: int, width: int, blocks: int) -> int:
