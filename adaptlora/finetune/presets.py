@@ -179,6 +179,32 @@ class FinetuneSpec:
             values |= {"init_r": self.r, "total_step": self.steps, "tinit": self.steps // 6, "tfinal": self.steps // 3}
         return kind(**{**values, **self.options})
 
+    def shear_config(self):
+        """The configuration for adaptlora.shear after training, or None.
+
+        Raises: ValueError, TypeError (as the configuration itself does).
+        """
+        if self.shear is None:
+            return None
+        from adaptlora.shear import ClipConfig, DropConfig, NoRMConfig, RandomConfig, SVDConfig, TAIAConfig
+
+        kinds = {
+            "norm": NoRMConfig,
+            "svd": SVDConfig,
+            "clip": ClipConfig,
+            "taia": TAIAConfig,
+            "random": RandomConfig,
+            "drop": DropConfig,
+        }
+        method = self.shear.get("method")
+        if method not in kinds:
+            raise ValueError(f"finetune: shear.method must be one of {', '.join(kinds)}, got {method!r}")
+        values = {name: value for name, value in self.shear.items() if name != "method"}
+        unknown = [name for name in values if name not in {field.name for field in fields(kinds[method])}]
+        if unknown:
+            raise ValueError(f"finetune: shear must have fields of {kinds[method].__name__}, got {', '.join(unknown)}")
+        return kinds[method](**values)
+
 
 PRESETS = {
     "trec": FinetuneSpec(

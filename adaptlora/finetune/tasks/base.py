@@ -88,12 +88,17 @@ class Task:
     # Data
 
     @classmethod
+    def roles_of(cls, spec: FinetuneSpec) -> Mapping[str, str | None]:
+        """`roles`, or those of them that this spec's way of reading takes."""
+        return cls.roles
+
+    @classmethod
     def read(cls, spec: FinetuneSpec) -> Dataset:
         """The examples as rows {role: value}.
 
         Raises: ValueError (columns, splits, what the data set's own loader refuses), MissingExtraError.
         """
-        return sources.read(spec, cls.roles)
+        return sources.read(spec, cls.roles_of(spec))
 
     def _prepare(self) -> None:
         """Load what `_encode` needs: tokenizer, image processor."""
@@ -132,8 +137,12 @@ class Task:
         """The base model, fresh from its folder: the same weights every time, a new head included."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.spec.seed)
-            options = {**self._model_arguments(), **self.spec.model_options}
-            model = self._pretrained(self._auto, dtype=getattr(torch, self.spec.dtype), **options)
+            config = self._pretrained("AutoConfig", **self._config_fields())
+            for name, value in self.spec.model_options.items():
+                setattr(config, name, value)  # some models read fields that their configuration does not have by itself
+            model = self._pretrained(
+                self._auto, config=config, dtype=getattr(torch, self.spec.dtype), ignore_mismatched_sizes=True
+            )
         if self.spec.model_dropout is not None:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -142,11 +151,13 @@ class Task:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.to(self.device)
 
-    def heads(self, model: nn.Module) -> list[str]:
+    @classmethod
+    def heads(cls, model: nn.Module) -> list[str]:
         """Modules that are trained and saved whole."""
         return []
 
-    def _model_arguments(self) -> dict:
+    def _config_fields(self) -> dict:
+        """Fields of the model's configuration that follow from the data: num_labels, …"""
         return {}
 
     def _pretrained(self, auto: str, **arguments):
@@ -231,6 +242,15 @@ class Task:
     def tiny_fields(cls, spec: FinetuneSpec) -> dict:
         """Fields of the spec that the dry run changes for this task, beside those it always does."""
         return {}
+
+
+def beside_the_encoder(model: nn.Module) -> list[str]:
+    """A transformers model's children with parameters beside its encoder: classifier, score, pre_classifier, …"""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    ]
 
 
 def model_source(spec: FinetuneSpec) -> Path | str:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .. import metrics, sources
+from .. import metrics
 from ..data import Dataset
 from ..presets import FinetuneSpec
 from . import base
@@ -71,8 +71,8 @@ class CausalLM(TextTask):
         self.references = dict(list(references.items())[: spec.generate])
 
     @classmethod
-    def read(cls, spec: FinetuneSpec) -> Dataset:
-        return sources.read(spec, {"messages": None}) if "messages" in spec.columns else super().read(spec)
+    def roles_of(cls, spec: FinetuneSpec) -> dict[str, str | None]:
+        return {"messages": None} if "messages" in spec.columns else cls.roles
 
     @property
     def scores(self) -> dict[str, bool]:

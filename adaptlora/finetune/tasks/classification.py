@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import metrics, sources
 from ..data import Dataset
 from ..presets import FinetuneSpec
+from .base import beside_the_encoder
 from .text import TextTask
 
 
@@ -18,13 +19,9 @@ class _OnOneHead(TextTask):
     roles: ClassVar = {"text": "text", "pair": None, "label": "label"}
     _auto = "AutoModelForSequenceClassification"
 
-    def heads(self, model: nn.Module) -> list[str]:
-        """Everything with parameters beside the encoder: transformers names it classifier, score, pre_classifier, …"""
-        return [
-            name
-            for name, child in model.named_children()
-            if name != model.base_model_prefix and next(child.parameters(), None) is not None
-        ]
+    @classmethod
+    def heads(cls, model: nn.Module) -> list[str]:
+        return beside_the_encoder(model)
 
     def _encode_some(self, rows: list[dict]) -> list[dict]:
         pairs = [row["pair"] for row in rows] if "pair" in rows[0] else None
@@ -64,13 +61,12 @@ class Classification(_OnOneHead):
         _check(data, spec)
         return data
 
-    def _model_arguments(self) -> dict:
+    def _config_fields(self) -> dict:
         return {
             "num_labels": len(self.classes),
             "id2label": dict(enumerate(self.classes)),
             "label2id": self._index,
             "pad_token_id": self.tokenizer.pad_token_id,
-            "ignore_mismatched_sizes": True,
         }
 
     def _target(self, label) -> int:
@@ -87,12 +83,11 @@ class Regression(_OnOneHead):
 
     metrics: ClassVar = {"pearson": True, "spearman": True}
 
-    def _model_arguments(self) -> dict:
+    def _config_fields(self) -> dict:
         return {
             "num_labels": 1,
             "problem_type": "regression",
             "pad_token_id": self.tokenizer.pad_token_id,
-            "ignore_mismatched_sizes": True,
         }
 
     def _target(self, label) -> float:

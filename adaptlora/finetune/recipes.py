@@ -1,0 +1,283 @@
+"""Recipes: a paper's setting as one YAML file, found by name, read and checked before anything is loaded.
+
+    from adaptlora.finetune import recipes, run
+    recipe = recipes.read(recipes.find("glue-mrpc-deberta-v3-base"))
+    report = run(recipe.spec, out="runs/mrpc")
+
+A recipe has the sections title, paper, sources, run (the fields of FinetuneSpec), data, architecture, and perhaps notes:
+recipes/README.md describes them.
+"""
+
+import math
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from . import sources, synthetic
+from ._extras import need
+from .presets import FinetuneSpec
+from .registry import TASKS, task_class
+
+_SECTIONS = {"title": str, "paper": dict, "sources": dict, "run": dict, "data": dict, "architecture": dict}
+_DATA = {"train": int, "test": int, "columns": dict}
+_ARCHITECTURE = {"model_type": str, "config": dict, "tiny": dict}
+# Fields of `run` that are no numbers of a paper: names, and how a machine carries a run out.
+_UNSOURCED = (
+    *("task", "model", "revision", "data", "data_config", "data_revision", "train_split", "test_split", "eval_data"),
+    *(
+        "text_column",
+        "label_column",
+        "columns",
+        "metrics",
+        "compare",
+        "micro_batch",
+        "gradient_checkpointing",
+        "generate",
+    ),
+)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names file, field, rule and value."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A setting of a paper, complete and consistent."""
+
+    path: Path
+    title: str
+    paper: Mapping[str, str]  # name, where (the table or section), arxiv or url
+    sources: Mapping[str, Any]  # where the numbers come from → which fields
+    notes: str
+    spec: FinetuneSpec
+    data: Mapping[str, Any]  # train and test: rows of the real data set; columns: column → kind of synthetic.KINDS
+    architecture: Mapping[str, Any]  # model_type, config, tiny, and what the task asks for
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def epochs(self) -> float:
+        return self.spec.steps * self.spec.batch_size / self.data["train"]
+
+
+def folder() -> Path:
+    """Where the recipes are: in the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe, given as a path or by its name. Raises: ValueError."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"finetune: recipe must be a file that exists, got {str(name)!r}")
+        return path
+    if str(name) not in names():
+        raise ValueError(f"finetune: recipe must be a .yaml file or one of {', '.join(names())}, got {str(name)!r}")
+    return folder() / f"{name}.yaml"
+
+
+def read(path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe, checked: fields, types, and everything that can be known before a model or data are loaded.
+
+    Args: changes: fields of `run` to take instead of the file's.
+    Raises: RecipeError (file, field, rule, value), MissingExtraError.
+    """
+    file = _File(Path(path))
+    content = file.parse()
+    if not isinstance(content, dict):
+        file.refuse("a recipe", "be a mapping", content)
+    file.table("", content, _SECTIONS, {"notes": str})
+    file.table("paper.", content["paper"], {"name": str, "where": str}, {"arxiv": str, "url": str})
+    file.table("data.", content["data"], _DATA)
+    for part in ("train", "test"):
+        if content["data"][part] < 1:
+            file.refuse(f"data.{part}", "be at least 1", content["data"][part])
+    _check_sources(content, file)
+    spec = _spec(content["run"], content["data"]["train"], changes or {}, file)
+    own = dict.fromkeys(task_class(spec.task).architecture_keys, object)
+    file.table("architecture.", content["architecture"], _ARCHITECTURE | own)
+    recipe = Recipe(path=file.path, notes=content.get("notes", ""), spec=spec, **_without(content, "notes", "run"))
+    _check(recipe, file)
+    return recipe
+
+
+class _File:
+    """A recipe's file: what is in it, and errors that name it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def error(self, message: str) -> RecipeError:
+        return RecipeError(f"finetune: {self.path}: {message}")
+
+    def refuse(self, field: str, rule: str, value) -> NoReturn:
+        raise self.error(f"{field} must {rule}, got {value!r}")
+
+    def table(
+        self, prefix: str, value: Mapping, wanted: Mapping[str, type], optional: Mapping[str, type] | None = None
+    ) -> None:
+        """`value` has the keys `wanted`, perhaps `optional` ones, and no others, with values of these types."""
+        known = {**wanted, **(optional or {})}
+        for name in value:
+            if name not in known:
+                self.refuse(f"{prefix or 'section '}{name}", f"be one of {', '.join(known)}", name)
+        for name, kind in known.items():
+            if name in wanted and name not in value:
+                self.refuse(f"{prefix}{name}", "be given", None)
+            if name in value and not _fits(value[name], kind):
+                self.refuse(f"{prefix}{name}", f"be {_described(kind)}", value[name])
+
+    def parse(self):
+        yaml = need("yaml", "reading recipes")
+        file = self
+
+        class Loader(yaml.SafeLoader):
+            """PyYAML lets a key pass that is there twice, and the last one wins."""
+
+            def construct_mapping(self, node, deep=False):
+                seen = set()
+                for key, _ in node.value:
+                    name = self.construct_object(key, deep=True)
+                    if name in seen:
+                        raise file.error(
+                            f"a key must be there once, got {name!r} again in line {key.start_mark.line + 1}"
+                        )
+                    seen.add(name)
+                return super().construct_mapping(node, deep)
+
+        try:
+            return yaml.load(self.path.read_text(encoding="utf-8"), Loader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise self.error(f"a recipe must be a YAML file, got one that is not: {reason}") from error
+
+
+def _check_sources(content: Mapping, file: _File) -> None:
+    """Every number of `run` is said to come from somewhere, if only from us."""
+    named = []
+    for source, given in content["sources"].items():
+        if not _fits(given, tuple[str, ...]):
+            file.refuse(f"sources.{source}", "be a list of fields of run", given)
+        named += given
+    told = _run_fields(content["run"])
+    for name in named:
+        if name not in told:
+            file.refuse("sources", "name fields of run", name)
+    missing = [name for name in told if name not in named and name.partition(".")[0] not in (*named, *_UNSOURCED)]
+    if missing:
+        file.refuse(
+            "sources",
+            'say where every number of run comes from, if only "our choice"; nothing about',
+            ", ".join(missing),
+        )
+
+
+def _run_fields(run: Mapping) -> list[str]:
+    """The fields of `run`, and field.key for those that are mappings."""
+    inner = [f"{name}.{key}" for name, value in run.items() if isinstance(value, dict) for key in value]
+    return [*run, *inner]
+
+
+def _spec(run: Mapping, train: int, changes: Mapping, file: _File) -> FinetuneSpec:
+    """The section `run` as a FinetuneSpec, with `epochs` over `train` rows as steps."""
+    hints = get_type_hints(FinetuneSpec) | {"epochs": float}
+    if "steps" in changes:
+        run = _without(run, "epochs")
+    run = {**run, **changes}
+    for name, value in run.items():
+        if name not in hints:
+            file.refuse(f"run.{name}", "be a field of FinetuneSpec, or epochs", value)
+        if not _fits(value, hints[name]):
+            hint = " (YAML takes 1e-3 for text: write 1.0e-3)" if _is_number_in_text(value) else ""
+            file.refuse(f"run.{name}", f"be {_described(hints[name])}{hint}", value)
+    if ("epochs" in run) == ("steps" in run):
+        file.refuse("run", "have either epochs or steps", [name for name in ("epochs", "steps") if name in run])
+    for name in ("task", "model", "data"):
+        if name not in run:
+            file.refuse(f"run.{name}", "be given", None)
+    if run["task"] not in TASKS:
+        file.refuse("run.task", f"be one of {', '.join(TASKS)}", run["task"])
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in _without(run, "epochs").items()
+    }
+    if "epochs" in run:
+        if not run["epochs"] > 0:
+            file.refuse("run.epochs", "be greater than 0", run["epochs"])
+        values["steps"] = math.ceil(run["epochs"] * train / run.get("batch_size", FinetuneSpec.batch_size))
+    try:
+        return FinetuneSpec(**values)
+    except ValueError as error:
+        raise file.error(f"run: {_bare(error)}") from error
+
+
+def _check(recipe: Recipe, file: _File) -> None:
+    spec, there, task = recipe.spec, recipe.data["columns"], task_class(recipe.spec.task)
+    try:
+        task.check(spec)
+        config = spec.config(None)
+        spec.shear_config()
+    except (ValueError, TypeError) as error:
+        raise file.error(f"run: {_bare(error)}") from error
+    if getattr(config, "target_r", None) is not None and not 1 <= config.target_r <= config.r:
+        file.refuse("run.target_r", f"be in [1, r={config.r}]", config.target_r)
+    for role, column in sources.columns(spec, task.roles_of(spec)).items():
+        if column not in there:
+            file.refuse("data.columns", f"have the column that run reads as {role} ({', '.join(there)})", column)
+    for column, kind in there.items():
+        try:
+            synthetic.parse(kind)
+        except ValueError as error:
+            raise file.error(f"data.columns.{column} must {error}, got {kind!r}") from error
+
+
+def _bare(error: Exception) -> str:
+    return str(error).removeprefix("finetune: ")
+
+
+def _without(mapping: Mapping, *names: str) -> dict:
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value of YAML is of a field's type; a list is a tuple, and a whole number a number."""
+    origin = get_origin(hint)
+    if hint is object:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is dict or (origin is not None and issubclass(origin, Mapping)):
+        values = get_args(hint)[1] if origin is not None else object
+        return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, values) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _described(hint) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(option) for option in get_args(hint))
+    if origin is tuple:
+        return "a list of texts"
+    if hint is dict or origin is not None:
+        return "a mapping"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
+
+
+def _is_number_in_text(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) is not None
