@@ -178,7 +178,7 @@ def rank_steps(history: Mapping, path: str | Path, *, title: str = "Ranks over t
         interpolation="nearest",
         extent=(-0.5, steps + 0.5, len(groups) - 0.5, -0.5),
     )
-    rows, names = _group_ticks(groups)
+    rows, names = group_ticks(groups)
     above.set_yticks(rows, names, fontsize=8)
     above.set_ylabel("layer" if names != groups else "group")
     above.tick_params(axis="both", length=0)
@@ -200,7 +200,7 @@ def rank_steps(history: Mapping, path: str | Path, *, title: str = "Ranks over t
     return save_figure(figure, path)
 
 
-def _group_ticks(groups: Sequence[str], most: int = 32) -> tuple[list[float], list[str]]:
+def group_ticks(groups: Sequence[str], most: int = 32) -> tuple[list[float], list[str]]:
     """Rows to label and their labels: the middle of each layer's groups with its number, and no more of them than are read easily."""
     numbers = [match.group(1) if (match := re.search(LAYER, group)) else group for group in groups]
     first = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1]]

@@ -1,5 +1,6 @@
 """Ranks over the steps of a run: what La-LoRA's `Method.history` gives and rank_history.json holds, checked and expanded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,16 @@ class RankHistory:
             differences[group, step] += rank - now[group]
             now[group] = rank
         return differences.cumsum(1)
+
+    def at(self, steps: Sequence[int]) -> list[list[int]]:
+        """For each group its rank after each of these steps, which ascend; step 0 is before the first."""
+        columns, now, place = [], list(self.start), 0
+        for step in steps:
+            while place < len(self.changes) and self.changes[place][0] <= step:
+                _, group, now[group] = self.changes[place]
+                place += 1
+            columns.append(list(now))
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def average_rank(self) -> float:
         """Mean over modules and steps of the rank that a step was computed with; without a step that of the start."""

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from adaptlora.plots import _group_ticks, _smoothed, describe_ranks, loss_curve, rank_grid, rank_heatmap, rank_steps
+from adaptlora.plots import _smoothed, describe_ranks, group_ticks, loss_curve, rank_grid, rank_heatmap, rank_steps
 
 
 def test_grid_has_a_row_for_each_kind_and_a_column_for_each_layer():
@@ -77,9 +77,9 @@ def test_a_run_without_a_step_or_a_change(tmp_path):
     rank_steps({"groups": {"h.0": ["q"]}, "start": [0], "changes": [], "steps": 0}, tmp_path / "steps.png")
 
 
-def test_group_ticks_stand_in_the_middle_of_a_layer_and_do_not_crowd():
-    assert _group_ticks(["h.0.q", "h.0.k", "h.0.v", "h.1.q", "pooler"]) == ([1, 3, 4], ["0", "1", "pooler"])
-    rows, names = _group_ticks([f"h.{i}" for i in range(100)])
+def testgroup_ticks_stand_in_the_middle_of_a_layer_and_do_not_crowd():
+    assert group_ticks(["h.0.q", "h.0.k", "h.0.v", "h.1.q", "pooler"]) == ([1, 3, 4], ["0", "1", "pooler"])
+    rows, names = group_ticks([f"h.{i}" for i in range(100)])
     assert rows == list(range(0, 100, 4)) and names[:2] == ["0", "4"]
 
 

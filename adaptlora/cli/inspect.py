@@ -1,6 +1,5 @@
 """adaptlora inspect"""
 
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -22,15 +21,37 @@ from .console import bars, one_clear_line
     adaptlora inspect runs/trec/adapter -o ranks.png
 
     adaptlora inspect runs/trec-lalora/adapter --over-steps steps.png
+
+Everything, as pictures in a folder and as one HTML page:
+
+    adaptlora inspect runs/trec/adapter --plot pictures --html trec.html
+
+Two adapters side by side, or one before and after a clip or a shear:
+
+    adaptlora inspect runs/trec/adapter runs/mine/adapter --html both.html
+
+    adaptlora inspect sheared --before runs/trec/adapter --plot pictures
 """
 )
 def inspect(
     adapter: Annotated[
         Path,
         typer.Argument(
-            help="A PEFT LoRA folder: adapter_config.json and adapter_model.safetensors.", show_default=False
+            help="A PEFT LoRA folder with its adapter_config.json and adapter_model.safetensors, or a kohya or diffusers .safetensors"
+            " file.",
+            show_default=False,
         ),
     ],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second one, to set side by side with the first.", show_default=False)
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the adapter was before, such as an earlier checkpoint, or the input of a clip or a shear.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also draw the ranks as a heat map, into this .png file.")
     ] = None,
@@ -39,8 +60,18 @@ def inspect(
         typer.Option(
             "--over-steps",
             help="Also draw the ranks over the steps of the run, into this .png file; for adapters with a rank_history.json, as"
-            " La-LoRA's have.",
+            " La-LoRA's have, or beside a report.json that tells of a clip.",
         ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also draw ranks, norms, singular values and what else there is, as .png files in this folder."
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", help="Also write everything as one HTML page that needs nothing else, to this file."),
     ] = None,
 ) -> None:
     """Show an adapter's modules: rank, shapes, parameters, scores. No model is needed.
@@ -49,55 +80,96 @@ def inspect(
     vector's, at most 1: NormAL keeps vectors by it. There is a bar for each
     vector: a full one is 1, a low one could be clipped. lora_A is (rank, K) and
     lora_B (N, rank).
+
+    Of two adapters it shows, for each module of both, the ranks, the norms and
+    the cosine of the two ΔW = scaling · B A, how far they are apart as a part of
+    the first, and how much of their column spaces they share (Σ cos² of the
+    principal angles, over the smaller rank).
     """
-    from ..inspection import inspect_adapter
+    from ..inspection import compare, inspect_adapter, save_page, save_pictures
+    from ..inspection.page import check_page_path
     from ..io import HISTORY_FILE
-    from ..plots import describe_ranks, rank_heatmap, rank_steps
+    from ..plots import rank_heatmap, rank_steps
 
     console = Console()
     with one_clear_line():
         for name, picture in (("out", out), ("over_steps", over_steps)):
             if picture is not None and picture.suffix.lower() != ".png":
                 raise ValueError(f"inspect: {name} must end in .png, got {str(picture)!r}")
+        if before is not None and other is not None:
+            raise ValueError(f"inspect: before must go with one adapter, got two and {str(before)!r}")
+        if plot is not None and plot.exists() and not plot.is_dir():
+            raise ValueError(f"inspect: plot must be a folder, got the file {str(plot)!r}")
+        if page is not None:
+            check_page_path("inspect", "html", page)
         found = inspect_adapter(adapter)
-        history = found.history
-        if over_steps is not None and history is None:
+        if over_steps is not None and found.history is None:
             raise ValueError(
                 f"inspect: over_steps needs a {HISTORY_FILE} in the adapter's folder, got none in {str(adapter)!r}"
             )
-        common = common_prefix([module.name for module in found.modules])
-        if common:
-            console.print(f"modules of [bold]{escape(common)}[/bold]", highlight=False)
-        console.print(_inspect_table(found, common))
-        config = found.config
-        parameters = sum(module.parameters for module in found.modules)
-        ranks = {module.name: module.rank for module in found.modules}
-        console.print(
-            f"{describe_ranks(ranks)}; {parameters:,} parameters in them; r {config.get('r')}, lora_alpha {config.get('lora_alpha')}; "
-            f"file {found.file_bytes:,} bytes",
-            highlight=False,
-        )
-        for name, count in found.others.items():
-            console.print(f"beside them: {name} ({count:,} parameters)", highlight=False, markup=False)
-        if history is not None:
-            console.print(
-                f"{HISTORY_FILE}: ranks over {history.steps} steps in {len(history.groups)} groups, {history.average_rank():.2f} on "
-                "average over the run",
-                highlight=False,
-            )
+        shown, labels = found, [str(adapter)]
+        if before is not None:
+            shown, labels = compare(inspect_adapter(before), found), ["before", "now"]
+        elif other is not None:
+            shown, labels = compare(found, inspect_adapter(other)), [str(adapter), str(other)]
+        if other is None:
+            _print_adapter(console, found)
+        if shown is not found:
+            _print_comparison(console, shown, labels)
+
         if out is not None:
-            top = max([*ranks.values(), config["r"] if isinstance(config.get("r"), int) else 0])
-            rank_heatmap(ranks, out, max_rank=top, title=f"Ranks: {describe_ranks(ranks)}")
-            console.print(f"heat map in {out}", highlight=False, markup=False, soft_wrap=True)
+            ranks, r = found.ranks(), found.config.get("r")
+            top = max([*ranks.values(), r if isinstance(r, int) else 0])
+            rank_heatmap(ranks, out, max_rank=top, title=f"Ranks: {_described(found)}")
+            _say(console, f"heat map in {out}")
         if over_steps is not None:
-            rank_steps(vars(history), over_steps)
-            console.print(f"ranks over the steps in {over_steps}", highlight=False, markup=False, soft_wrap=True)
+            rank_steps(vars(found.history), over_steps)
+            _say(console, f"ranks over the steps in {over_steps}")
+        if plot is not None:
+            written = save_pictures(shown, plot, labels)
+            _say(console, f"{', '.join(file.name for file in written)} in {plot}")
+        if page is not None:
+            _say(console, f"page in {save_page(shown, page, labels)}")
 
 
-def common_prefix(names: list[str]) -> str:
-    """Path that all the names are under; told once, it leaves rows that fit a line."""
-    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return "".join(f"{level[0]}." for level in takewhile(lambda level: len(set(level)) == 1, levels))
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _described(found) -> str:
+    from ..plots import describe_ranks
+
+    return describe_ranks(found.ranks())
+
+
+def _print_adapter(console: Console, found) -> None:
+    common = _print_common(console, [module.name for module in found.modules])
+    console.print(_inspect_table(found, common))
+    config, history = found.config, found.history
+    about = f"r {config.get('r')}, lora_alpha {config.get('lora_alpha')}; " if config else f"{found.kind}; "
+    _say(
+        console,
+        f"{_described(found)}; {found.parameters():,} parameters in them; {about}file {found.file_bytes:,} bytes",
+    )
+    for name, count in found.others.items():
+        _say(console, f"beside them: {name} ({count:,} parameters)")
+    for name, why in found.skipped.items():
+        _say(console, f"left out: {name}: {why}")
+    if history is not None:
+        _say(
+            console,
+            f"{found.history_file}: ranks over {history.steps} steps in {len(history.groups)} groups, {history.average_rank():.2f} on "
+            "average over the run",
+        )
+
+
+def _print_common(console: Console, names: list[str]) -> str:
+    from ..inspection.page import common_prefix
+
+    common = common_prefix(names)
+    if common:
+        console.print(f"modules of [bold]{escape(common)}[/bold]", highlight=False)
+    return common
 
 
 def _inspect_table(found, common: str) -> Table:
@@ -110,6 +182,42 @@ def _inspect_table(found, common: str) -> Table:
     for module in found.modules:
         lowest = f"{min(module.scores):.2f}" if module.scores else "–"
         shape = f"{module.shape_A[1]}→{module.shape_B[0]}"
-        name = module.name.removeprefix(common)
+        name = escape(module.name.removeprefix(common))
         table.add_row(name, str(module.rank), shape, f"{module.parameters:,}", bars(module.scores), lowest)
     return table
+
+
+def _print_comparison(console: Console, found, labels: list[str]) -> None:
+    common = _print_common(console, [module.name for module in found.modules])
+    table = Table(header_style="dim", box=SIMPLE_HEAD)
+    table.add_column("module", overflow="fold")
+    for header in ("rank", "change", "parameters", "‖ΔW‖", "cosine", "distance", "overlap"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for module in found.modules:
+        first, second = module.ranks
+        table.add_row(
+            escape(module.name.removeprefix(common)),
+            f"{first} → {second}",
+            f"{second - first:+d}" if second != first else "0",
+            "{:,} → {:,}".format(*module.parameters),
+            "{:.3g} → {:.3g}".format(*module.norms),
+            *(
+                "–" if value is None else form.format(value)
+                for value, form in (
+                    (module.cosine, "{:.3f}"),
+                    (module.distance, "{:.3f}"),
+                    (module.overlap_out, "{:.1%}"),
+                )
+            ),
+        )
+    console.print(table)
+    for label, side in zip(labels, (found.first, found.second), strict=True):
+        _say(console, f"{label}: {_described(side)}; {side.parameters():,} parameters in them")
+    cosine, distance, overlap = found.cosine(), found.distance(), found.overlap()
+    if cosine is not None:
+        _say(console, f"all together: cosine {cosine:.4f}, distance {distance:.4f}, overlap {overlap:.1%} on average")
+    for label, names in zip(labels, (found.only_first, found.only_second), strict=True):
+        for name in names:
+            _say(console, f"in {label} only: {name}")
+    for name, ((N, K), (other_N, other_K)) in found.other_shapes.items():
+        _say(console, f"of two shapes, not compared: {name} ({K}→{N} and {other_K}→{other_N})")

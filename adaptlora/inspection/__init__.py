@@ -6,5 +6,20 @@ Looking at adapters without a model.
 """
 
 from .adapter import InspectedModule, Inspection, inspect_adapter
+from .page import page_data, save_page
+from .pictures import save_pictures
+from .updates import Comparison, ModuleComparison, Spectrum, compare, spectra
 
-__all__ = ["InspectedModule", "Inspection", "inspect_adapter"]
+__all__ = [
+    "Comparison",
+    "InspectedModule",
+    "Inspection",
+    "ModuleComparison",
+    "Spectrum",
+    "compare",
+    "inspect_adapter",
+    "page_data",
+    "save_page",
+    "save_pictures",
+    "spectra",
+]
