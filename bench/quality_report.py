@@ -63,26 +63,52 @@ def markdown(name: str, table: Table, rows: dict[str, dict]) -> str:
 
 
 def plot(table: Table, rows: dict[str, dict], path: Path) -> None:
-    """Mean and standard deviation of every row, one under the other; the baseline's mean as a line."""
+    """Mean and standard deviation: over a number where the table has one, else row by row; the baseline's mean as a line."""
     from matplotlib.figure import Figure
 
-    labels = [label for label, row in rows.items() if row["mean"] is not None]
-    means = [rows[label]["mean"] for label in labels]
-    errors = [rows[label]["std"] or 0.0 for label in labels]
-    figure = Figure(figsize=(7.2, 1.2 + 0.32 * len(labels)), layout="constrained")
+    rows = {label: row for label, row in rows.items() if row["mean"] is not None}
+    metric = next(iter(rows.values()))["metric"]
+    curves = table.curves
+    figure = Figure(figsize=(7.2, 4.2 if curves else 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    axes.errorbar(
-        means, range(len(labels)), xerr=errors, fmt="o", color="#20639b", capsize=3, linewidth=1.2, markersize=4.5
-    )
-    if table.baseline in labels:
-        axes.axvline(rows[table.baseline]["mean"], color="#8a8a8a", linewidth=1, linestyle="--")
-    names = [f"{label}  ({rows[label]['seeds']})" for label in labels]
-    axes.set_yticks(range(len(labels)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{rows[labels[0]]['metric']}, mean ± standard deviation (seeds in brackets)", fontsize=9)
+    if curves:
+        _draw_curves(axes, table, rows, metric)
+    else:
+        _draw_rows(axes, table, rows, metric)
     axes.set_title(f"{table.task}: {table.title}", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.grid(axis="y" if curves else "x", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
+
+
+_BARS = {"capsize": 3, "linewidth": 1.2, "markersize": 4.5}
+
+
+def _draw_rows(axes, table: Table, rows: dict[str, dict], metric: str) -> None:
+    means, errors = zip(*((row["mean"], row["std"] or 0.0) for row in rows.values()), strict=True)
+    axes.errorbar(means, range(len(rows)), xerr=errors, fmt="o", color="#20639b", **_BARS)
+    if table.baseline in rows:
+        axes.axvline(rows[table.baseline]["mean"], color="#8a8a8a", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(rows)), [f"{label}  ({row['seeds']})" for label, row in rows.items()], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric}, mean ± standard deviation (seeds in brackets)", fontsize=9)
+
+
+def _draw_curves(axes, table: Table, rows: dict[str, dict], metric: str) -> None:
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for label, (name, at) in table.curves.points.items():
+        if label in rows:
+            series.setdefault(name, []).append((at, rows[label]["mean"], rows[label]["std"] or 0.0))
+    for (name, points), colour in zip(sorted(series.items()), ("#20639b", "#d1495b"), strict=False):
+        at, means, errors = zip(*sorted(points), strict=True)
+        axes.errorbar(at, means, yerr=errors, fmt="o-", color=colour, label=name, **_BARS)
+    if table.baseline in rows:
+        label = f"{table.baseline} ({rows[table.baseline]['seeds']} seeds)"
+        axes.axhline(rows[table.baseline]["mean"], color="#8a8a8a", linewidth=1, linestyle="--", label=label)
+    if table.curves.log:
+        axes.set_xscale("log")
+    axes.set_xlabel(table.curves.axis, fontsize=9)
+    axes.set_ylabel(f"{metric}, mean ± standard deviation", fontsize=9)
+    axes.legend(frameon=False, fontsize=9)

@@ -21,12 +21,22 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """What is plotted over a number instead of row by row."""
+
+    axis: str
+    points: dict[str, tuple[str, float]]  # row → (curve, abscissa)
+    log: bool = False
+
+
+@dataclass(frozen=True)
 class Table:
     task: str
     title: str
     seeds: int
     rows: dict[str, Variant]
     baseline: str  # whose runs of the same seeds the differences are taken to
+    curves: Curves | None = None
 
 
 def lora(r: int, **fields) -> dict:
@@ -62,11 +72,21 @@ METHODS = {task: _methods(task) for task in RATES}
 BASELINE, NORMAL_ROW = "PEFT LoRA", "NormAL 8 → 4"
 
 
-def _ablation(title: str, rows: dict[str, dict], *, seeds: int = 5, task: str = "trec") -> Table:
+def _ablation(title: str, rows: dict[str, dict], *, curves: Curves | None = None) -> Table:
     """Variants of NormAL beside the one of the methods' table and PEFT's LoRA, at NormAL's learning rate."""
-    shared = {name: METHODS[task][name] for name in (BASELINE, NORMAL_ROW)}
+    shared = {name: METHODS["trec"][name] for name in (BASELINE, NORMAL_ROW)}
     variants = {name: Variant(NORMAL, fields, rate_of=NORMAL_ROW) for name, fields in rows.items()}
-    return Table(task, title, seeds, shared | variants, BASELINE)
+    return Table("trec", title, 5, shared | variants, BASELINE, curves)
+
+
+def _steps() -> Table:
+    gradient, proximal = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (0.1, 1.0, 3.0)
+    rows = {f"gradient, η = {eta:g}": normal(penalty_step="gradient", eta_p=eta) for eta in gradient}
+    rows |= {f"proximal, η = {eta:g}": normal(eta_p=eta) for eta in proximal}
+    points = {f"gradient, η = {eta:g}": ("in the loss", eta) for eta in gradient}
+    points |= {f"proximal, η = {eta:g}": ("proximal", eta) for eta in proximal} | {NORMAL_ROW: ("proximal", 0.3)}
+    title = "gradient against proximal penalty step, over η"
+    return _ablation(title, rows, curves=Curves("η", points, log=True))
 
 
 def _averages() -> Table:
@@ -75,16 +95,14 @@ def _averages() -> Table:
         rows[f"LoRA {rank}"] = METHODS["trec"][BASELINE] if rank == 4 else Variant(PEFT_LORA, lora(rank), BASELINE)
         # An average of 8 of 8 is NormAL without a clip: the penalty alone.
         rows[f"NormAL 8 → {rank}"] = Variant(NORMAL, normal(float(rank)), NORMAL_ROW)
-    return Table("trec", "average rank of NormAL against the rank of LoRA", 5, rows, "LoRA 8")
+    points = {label: (label.split()[0], float(label.split()[-1])) for label in rows}
+    title = "average rank of NormAL against the rank of LoRA"
+    return Table("trec", title, 5, rows, "LoRA 8", Curves("rank, NormAL's on average", points))
 
 
 TABLES = {
     "trec-methods": Table("trec", "methods at equal final parameters", 5, METHODS["trec"], BASELINE),
-    "trec-step": _ablation(
-        "gradient against proximal penalty step, over η",
-        {f"gradient, η = {eta:g}": normal(penalty_step="gradient", eta_p=eta) for eta in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
-        | {f"proximal, η = {eta:g}": normal(eta_p=eta) for eta in (0.1, 1.0, 3.0)},
-    ),
+    "trec-step": _steps(),
     "trec-penalty": _ablation(
         "penalty functions",
         {f"w(r) = {name}": normal(penalty=name) for name in ("linear", "square", "cube", "log")}

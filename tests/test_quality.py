@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import quality
 import quality_report
 from quality_methods import PEFT_LORA
-from quality_tables import METHODS, RATE_SEED, RATES, TABLES, Table, Variant
+from quality_tables import METHODS, RATE_SEED, RATES, TABLES, Curves, Table, Variant
 from quality_tasks import FIXED, QualityTask
 
 TINY = QualityTask(6, 4, "accuracy", True, r".*\.encoder\.layer\.\d+\..*\.(query|key|value|dense)")
@@ -156,12 +156,18 @@ def test_summary_by_hand():
     assert quality_report.markdown("t", table, {}) == "t: no runs yet"
 
 
-def test_plot_is_a_picture(tmp_path):
-    rows = {"a": Variant(PEFT_LORA, {}, "a")}
-    table = Table("trec", "a plot", 1, rows, "a")
-    summary = quality_report.summary(table, TINY, {"a": {0: {"score": 0.5, "ranks": [1], "parameters": 1, "lr": 1e-3}}})
-    quality_report.plot(table, summary, tmp_path / "plot.png")
+@pytest.mark.parametrize("curves", [None, Curves("η", {"a": ("one", 0.1), "b": ("two", 1.0)}, log=True)])
+def test_plots_are_pictures(tmp_path, curves):
+    rows = {name: Variant(PEFT_LORA, {}, name) for name in "abc"}
+    table = Table("trec", "a plot", 1, rows, "a", curves)
+    runs = {name: {0: {"score": 0.5, "ranks": [1], "parameters": 1, "lr": 1e-3}} for name in "ab"}
+    quality_report.plot(table, quality_report.summary(table, TINY, runs | {"c": {}}), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_of_rows_that_there_are():
+    for name, table in TABLES.items():
+        assert table.curves is None or set(table.curves.points) <= set(table.rows), name
 
 
 def test_unknown_tables_are_refused(monkeypatch, capsys):
