@@ -7,6 +7,10 @@ TASKS = {
     "classification": "classification:Classification",
     "regression": "classification:Regression",
     "causal-lm": "causal_lm:CausalLM",
+    "image-classification": "image_classification:ImageClassification",
+    "object-detection": "object_detection:ObjectDetection",
+    "clip-few-shot": "clip_few_shot:ClipFewShot",
+    "subject-generation": "subject_generation:SubjectGeneration",
 }
 
 
