@@ -9,10 +9,10 @@ bench_lora_linear.py's group saves a tenth of a layer's own part.
 
 import pytest
 import torch
-from bench_step import assert_same_training, timed
 from providers import TARGET, Ours, Peft, R, batch_for, fill, load, lora, plain, shared_copy
 
 import adaptlora
+from adaptlora.benchmarks.step import assert_same_training, training_case
 
 
 class Accelerated(Peft):
@@ -23,7 +23,7 @@ class Accelerated(Peft):
 
 
 @pytest.mark.parametrize(("name", "dropouts", "rounds"), [("minilm", (0.0, 0.1), 15), ("smollm2", (0.05,), 9)])
-def test_step(compare, quick, name, dropouts, rounds):
+def test_step(measure, quick, name, dropouts, rounds):
     if quick and name != "minilm":
         pytest.skip("--quick runs MiniLM alone")
     model = load(name)
@@ -42,11 +42,11 @@ def test_step(compare, quick, name, dropouts, rounds):
     for each in trained.values():
         fill(each)
     assert_same_training(trained, batch, model.config.num_hidden_layers)
-    facts = {"texts": texts, "tokens": tokens, "modules": len(next(iter(trained.values())).factors()), "r": R}
-    timed(compare, name, model, batch, trained, rounds=rounds, unavailable={}, facts=facts)
+    facts = {"modules": len(next(iter(trained.values())).factors()), "r": R}
+    measure(training_case(name, model, name, batch, trained, rounds=rounds, facts=facts))
 
 
-def test_pruned(compare, quick):
+def test_pruned(measure, quick):
     """PEFT's model before and after `prune` to an average rank of 4: optimizer included, PEFT's own layers and accelerated."""
     model = load("minilm")
     batch = batch_for("minilm", *((2, 16) if quick else (8, 64)))
@@ -63,7 +63,5 @@ def test_pruned(compare, quick):
         name: sum(t.nbytes for state in each.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
         for name, each in trained.items()
     }
-    timed(
-        compare, f"MiniLM, dropout 0.1, r = {R} → {TARGET} on average", model, batch, trained,
-        rounds=15, unavailable={}, facts={"optimizer bytes": held},
-    )  # fmt: skip
+    title = f"MiniLM, dropout 0.1, r = {R} → {TARGET} on average"
+    measure(training_case(title, model, "minilm", batch, trained, rounds=15, facts={"optimizer bytes": held}))
