@@ -2,6 +2,8 @@
 
 import re
 import statistics
+import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -54,11 +56,14 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
-    """exp of the mean negative log-likelihood of tokens whose label is not -100; a batch has `labels` (M, L) int64."""
+def perplexity(model: nn.Module, batches: Iterable[dict[str, Tensor]], *, shifted: bool = True) -> float:
+    """exp of the mean negative log-likelihood of tokens whose label is not -100; a batch has `labels` (M, L) int64.
+
+    Args: shifted: each label is for the position before it, so that the first is for none; a decoder beside an encoder has none such.
+    """
     nll, tokens = 0.0, 0
     for batch in batches:
-        count = (batch["labels"][:, 1:] != -100).sum().item()
+        count = (batch["labels"][:, int(shifted) :] != -100).sum().item()
         nll += model(**batch).loss.double().item() * count
         tokens += count
     return float(torch.tensor(nll / tokens, dtype=torch.float64).exp())
@@ -148,3 +153,27 @@ def same_answers(texts: Sequence[str], references: Sequence[Sequence[str]], patt
         found = re.search(pattern, text)
         right += found is not None and found.group().lower() in wanted
     return right / len(texts)
+
+
+def answer_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """SQuAD's exact match and F1, 0 to 100: case, punctuation, articles and blanks aside, of several references the best one.
+
+    Args: references: for each answer the right ones; none, or only "", where the right answer is none.
+    """
+    exact, overlap = [], []
+    for answer, some in zip(answers, references, strict=True):
+        pairs = [(_bare_words(answer), _bare_words(reference)) for reference in some or [""]]
+        exact.append(max(float(found == wanted) for found, wanted in pairs))
+        overlap.append(max(_word_f1(found, wanted) for found, wanted in pairs))
+    return {"exact": 100 * statistics.fmean(exact), "f1": 100 * statistics.fmean(overlap)}
+
+
+def _bare_words(text: str) -> list[str]:
+    plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _word_f1(found: list[str], wanted: list[str]) -> float:
+    if not found or not wanted:
+        return float(found == wanted)
+    return 2 * (Counter(found) & Counter(wanted)).total() / (len(found) + len(wanted))

@@ -7,6 +7,8 @@ TASKS = {
     "classification": "classification:Classification",
     "regression": "classification:Regression",
     "causal-lm": "causal_lm:CausalLM",
+    "seq2seq": "seq2seq:Seq2Seq",
+    "question-answering": "question_answering:QuestionAnswering",
     "image-classification": "image_classification:ImageClassification",
     "object-detection": "object_detection:ObjectDetection",
     "clip-few-shot": "clip_few_shot:ClipFewShot",

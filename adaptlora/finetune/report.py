@@ -13,7 +13,8 @@ from ..rank_history import RankHistory
 
 OURS, PEFT = "ours", "peft"
 UNTIMED = 3  # first steps, which also fill caches and allocate the optimizer's state
-MAX_PEFT_DIFFERENCE = 1e-5  # relative, float32
+# Relative, by the base model's precision: PEFT rounds in another order.
+MAX_PEFT_DIFFERENCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 _METHODS = {
     "normal": "NormAL",
     "lora": "LoRA",
@@ -24,7 +25,7 @@ _METHODS = {
 }
 _STARTS = {"kaiming": "", "pissa": " (PiSSA)", "milora": " (MiLoRA)"}
 _FIRST_SIZES = {"after": "before clip", "end": "at the start"}  # what "before" is, by the sizes that follow it
-_MOMENTS = {"before": "before training", "clip": "at the clip", "end": "at the end"}
+_MOMENTS = {"before": "before training", "clip": "at the clip", "end": "at the end", "sheared": "sheared"}
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Report:
     machine: dict[str, str | int]
     data: dict[str, int]  # train, test, duplicates
     higher_is_better: dict[str, bool]  # by score
-    # learner → before | clip | end → score
+    # learner → before | clip | end | sheared → score
     scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class Report:
     t_c: int | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     history: dict | None = None  # of ranks that change over the steps: what the method's `history` returns
-    # before the clip (else: at the start) | after it | end and compacted, where ranks grow | peft → summary's numbers
+    # before the clip (else: at the start) | after it | end and compacted, where ranks grow | sheared | peft → summary's numbers
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     peft_r: int | None = None  # rank of PEFT's LoRA
     peft_difference: float | None = None  # of the logits after reloading with PEFT: max |Δ| / max |logit|
@@ -89,7 +90,7 @@ class Report:
         if self.peft_difference is not None:
             console.print(
                 f"[green]✓[/green] stock PEFT loads the adapter onto a fresh base model: logits differ by"
-                f" {self.peft_difference:.1e} (relative, at most {MAX_PEFT_DIFFERENCE:.0e})"
+                f" {self.peft_difference:.1e} (relative, at most {MAX_PEFT_DIFFERENCE[self.spec['dtype']]:.0e})"
             )
         for name, path in self.files.items():
             console.print(f"  {name:<14}[bold]{path}[/bold]", soft_wrap=True, highlight=False)
@@ -117,7 +118,7 @@ class Report:
                 table.add_column(f"{self.label(learner)}\n{score} {'↑' if higher else '↓'}", justify="right")
         for moment, text in _MOMENTS.items():
             if moment in self.scores[OURS]:
-                step = {"before": 0, "clip": self.t_c, "end": len(self.losses[OURS])}[moment]
+                step = {"before": 0, "clip": self.t_c}.get(moment, len(self.losses[OURS]))
                 cells = [
                     _score(score, values.get(moment, {}).get(score))
                     for values in self.scores.values()
@@ -152,6 +153,7 @@ class Report:
             "after": "after clip",
             "end": "at the end",
             "compacted": "compacted",
+            "sheared": "sheared",
             "peft": self.label(PEFT),
         }
         shown = {key: text for key, text in columns.items() if key in self.sizes}

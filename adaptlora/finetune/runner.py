@@ -4,7 +4,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from .registry import task_class
 from .report import MAX_PEFT_DIFFERENCE, OURS, PEFT, Report
 from .train import Learner, seed_everything, train
 
-_OF_SOME_METHODS = ("steps.png", f"adapter/{HISTORY_FILE}")
+_OF_SOME_RUNS = (
+    "steps.png",
+    f"adapter/{HISTORY_FILE}",
+    "trained/adapter_model.safetensors",
+    "trained/adapter_config.json",
+)
 
 Watch = Callable[[str, int, int, str], None]  # stage, done, total, note
 
@@ -29,8 +35,9 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     """Fine-tune as the spec says.
 
     Args:
-        out: folder for adapter/, ranks.png, loss.png, report.json and La-LoRA's steps.png, replacing files of these names; they
-            appear when everything is done, and not before. None: nothing is written.
+        out: folder for adapter/ (sheared, where the spec says so, beside it as trained in trained/), ranks.png, loss.png, report.json and
+            La-LoRA's steps.png, replacing files of these names; they appear when everything is done, and not before. None: nothing is
+            written.
         watch: called with (stage, done, total, note) as the work goes on.
     Returns: the report, complete.
     Raises: ValueError, TypeError (arguments, data; before training), MissingExtraError,
@@ -40,6 +47,7 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     watch = watch or (lambda stage, done, total, note: None)
     check_paths(spec, out)
     task_class(spec.task).check(spec)
+    spec.shear_config()
     spec.config(None)  # its mistakes are cheaper to find before the data are read and the model is loaded
     _need_extras(spec, out)
     watch("loading", 0, 3, "data")
@@ -70,10 +78,28 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
         peft_r=peft_twin.rank(adapter) if spec.compare else None,
     )
     _learn(task, learners, report, watch)
-    report.total_seconds = time.perf_counter() - started
-    if out is not None:
-        _write(report, task, adapter, Path(out), watch, started)
+    with _folder_beside(out) as partial:
+        if spec.shear is not None:
+            _shear(task, learners, report, watch, partial)
+        report.total_seconds = time.perf_counter() - started
+        if partial is not None:
+            _write(report, task, adapter, Path(out), partial, watch, started)
     return report
+
+
+@contextmanager
+def _folder_beside(out: str | Path | None) -> Iterator[Path | None]:
+    """A hidden folder beside `out`, removed at the end."""
+    if out is None:
+        yield None
+        return
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _attach(task, model, watch: Watch) -> adaptlora.Adapter:
@@ -141,6 +167,19 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
         report.sizes["peft"] = peft_twin.sizes(learners[PEFT].model, learners[PEFT].optimizer)
 
 
+def _shear(task, learners: dict[str, Learner], report: Report, watch: Watch, partial: Path | None) -> None:
+    """Remove what the spec says from the trained adapter, of which a copy is kept, and test what is left."""
+    adapter = learners[OURS].adapter
+    if partial is not None:
+        adapter.save(partial / "trained")
+    adaptlora.shear(
+        adapter, task.spec.shear_config(), progress=lambda done, total: watch("shearing", done, total, "modules")
+    )
+    report.scores[OURS]["sheared"] = task.evaluate(adapter.model)
+    report.sizes["sheared"] = _counts(adapter.summary())
+    report.ranks = adapter.ranks()
+
+
 def _counts(summary: dict) -> dict[str, int]:
     # Between steps there are no gradients to count.
     counted = ("_parameters", "adapter_bytes", "optimizer_bytes", "outer_bytes")
@@ -151,51 +190,49 @@ def _scores_text(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-def _write(report: Report, task, adapter, out: Path, watch: Watch, started: float) -> None:
-    """Everything into a hidden folder beside `out`, checked there, then moved file by file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        watch("writing", 0, 3, "adapter")
-        adapter.save(partial / "adapter")
-        watch("writing", 1, 3, "reloading it with PEFT")
-        report.peft_difference = peft_twin.reload_difference(
-            partial / "adapter", task.model(), adapter.model, task.probe(), task.output
+def _write(report: Report, task, adapter, out: Path, partial: Path, watch: Watch, started: float) -> None:
+    """Everything into the folder `partial`, checked there, then moved to `out` file by file."""
+    watch("writing", 0, 3, "adapter")
+    adapter.save(partial / "adapter")
+    watch("writing", 1, 3, "reloading it with PEFT")
+    report.peft_difference = peft_twin.reload_difference(
+        partial / "adapter", task.model(), adapter.model, task.probe(), task.output
+    )
+    limit = MAX_PEFT_DIFFERENCE[task.spec.dtype]
+    if not report.peft_difference <= limit:
+        raise RuntimeError(
+            f"finetune: logits after reloading with PEFT must differ by at most {limit:.0e}"
+            f" (relative), got {report.peft_difference:.2e}; nothing was written"
         )
-        if not report.peft_difference <= MAX_PEFT_DIFFERENCE:
-            raise RuntimeError(
-                f"finetune: logits after reloading with PEFT must differ by at most {MAX_PEFT_DIFFERENCE:.0e}"
-                f" (relative), got {report.peft_difference:.2e}; nothing was written"
-            )
-        watch("writing", 2, 3, "pictures")
-        plots.rank_heatmap(
-            report.ranks,
-            partial / "ranks.png",
-            max_rank=report.spec["r"],
-            title=f"Ranks: {plots.describe_ranks(report.ranks)}",
-        )
-        plots.loss_curve(
-            {report.label(name): losses for name, losses in report.losses.items()},
-            partial / "loss.png",
-            t_p=report.t_p,
-            t_c=report.t_c,
-        )
-        if report.history is not None:
-            plots.rank_steps(report.history, partial / "steps.png")
-        names = ["adapter", *sorted(file.name for file in partial.glob("*.png")), "report.json"]
-        report.files = {name: str(out / name) for name in names}
-        report.total_seconds = time.perf_counter() - started
-        (partial / "report.json").write_text(report.to_json(), encoding="utf-8")
-        files = sorted(
-            (file for file in partial.rglob("*") if file.is_file()), key=lambda file: file.name == "report.json"
-        )
-        for file in files:
-            target = out / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-        for name in _OF_SOME_METHODS:
-            if partial / name not in files:
-                (out / name).unlink(missing_ok=True)  # another run's: it would not belong to what lies beside it now
-        watch("writing", 3, 3, "")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    watch("writing", 2, 3, "pictures")
+    plots.rank_heatmap(
+        report.ranks,
+        partial / "ranks.png",
+        max_rank=report.spec["r"],
+        title=f"Ranks: {plots.describe_ranks(report.ranks)}",
+    )
+    plots.loss_curve(
+        {report.label(name): losses for name, losses in report.losses.items()},
+        partial / "loss.png",
+        t_p=report.t_p,
+        t_c=report.t_c,
+    )
+    if report.history is not None:
+        plots.rank_steps(report.history, partial / "steps.png")
+    names = [
+        *sorted(file.name for file in partial.iterdir() if file.is_dir()),
+        *sorted(file.name for file in partial.glob("*.png")),
+        "report.json",
+    ]
+    report.files = {name: str(out / name) for name in names}
+    report.total_seconds = time.perf_counter() - started
+    (partial / "report.json").write_text(report.to_json(), encoding="utf-8")
+    files = sorted((file for file in partial.rglob("*") if file.is_file()), key=lambda file: file.name == "report.json")
+    for file in files:
+        target = out / file.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    for name in _OF_SOME_RUNS:
+        if partial / name not in files:
+            (out / name).unlink(missing_ok=True)  # another run's: it would not belong to what lies beside it now
+    watch("writing", 3, 3, "")

@@ -1,0 +1,83 @@
+"""One text from another, by an encoder and a decoder."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import metrics
+from . import base
+from .text import IGNORED, TextTask
+
+
+@dataclass(frozen=True)
+class Options(base.Options):
+    """Settings of seq2seq.
+
+    Args:
+        prefix: stands before every text ("summarize: ").
+        target_length: tokens of a text to learn; longer ones are cut.
+        beams: of the search that writes texts; 1: greedy.   length_penalty, no_repeat_ngram, min_tokens: of that search.
+    """
+
+    prefix: str = ""
+    target_length: int = 128
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    min_tokens: int = 0
+
+    def __post_init__(self):
+        self.rule("target_length", self.target_length >= 1, "at least 1")
+        self.rule("beams", self.beams >= 1, "at least 1")
+        for name in ("no_repeat_ngram", "min_tokens"):
+            self.rule(name, getattr(self, name) >= 0, "at least 0")
+
+
+class Seq2Seq(TextTask):
+    """The text in role `label`, given that in role `text`; scored on what is written for the first `generate` test examples."""
+
+    roles: ClassVar = {"text": "text", "label": "label"}
+    metrics: ClassVar = {
+        "rouge1": True,
+        "rouge2": True,
+        "rougeL": True,
+        "rougeLsum": True,
+        "bleu": True,
+        "perplexity": False,
+    }
+    default_metrics = ("rouge1", "rouge2", "rougeLsum")
+    Options = Options
+    _auto = "AutoModelForSeq2SeqLM"
+    _eval_batch = 16
+
+    def _encode_some(self, rows: list[dict]) -> list[dict]:
+        texts = [self.options.prefix + row["text"] for row in rows]
+        inputs = self.tokenizer(texts, truncation=True, max_length=self.spec.max_length)["input_ids"]
+        targets = self.tokenizer(
+            text_target=[row["label"] for row in rows], truncation=True, max_length=self.options.target_length
+        )["input_ids"]
+        return [{"input_ids": text, "labels": target} for text, target in zip(inputs, targets, strict=True)]
+
+    def weight(self, batch: dict[str, Tensor]) -> float:
+        return (batch["labels"] != IGNORED).sum().item()
+
+    def output(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch).logits  # the decoder reads the labels, shifted
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        scores = {}
+        written = [name for name in self.scores if name != "perplexity"]
+        if written:
+            count = min(self.spec.generate, len(self.data.test))
+            rows = [self.data.test[i] for i in range(count)]
+            texts, wanted = self._write(model, count), [[row["label"].strip()] for row in rows]
+            found = metrics.rouge(texts, wanted) if any(name.startswith("rouge") for name in written) else {}
+            if "bleu" in written:
+                found["bleu"] = metrics.bleu(texts, wanted)
+            scores |= {name: found[name] for name in written}
+        if "perplexity" in self.scores:
+            scores["perplexity"] = metrics.perplexity(model, self.test_batches(), shifted=False)
+        return scores
