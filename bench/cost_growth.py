@@ -156,7 +156,6 @@ def measure(path: Path, quick: bool, say=print) -> dict:
     """All points that `path` lacks, each stored as it is there.  Raises: ForeignResults."""
     content = resumed(path, quick)
     present = [Point(**row["point"]) for row in content["points"]]
-    gc.freeze()  # the libraries' objects, which every round would otherwise look through
     wanted = points(quick)
     for i, point in enumerate(wanted, 1):
         if point in present:
@@ -229,7 +228,7 @@ def fit_table(content: dict) -> str:
         return f"{pair[0]:.2f} ± {pair[1]:.2f}" if pair else "–"
 
     return markdown(
-        ["", "against", "", "from … to", "slope", "upper half", "k of a + b nᵏ", "what grows, of the largest"],
+        ["", "against", "provider", "from … to", "slope", "upper half", "k of a + b nᵏ", "grown, of the largest"],
         [
             [
                 row["quantity"],
@@ -249,8 +248,10 @@ def fit_table(content: dict) -> str:
 def draw(content: dict, path: Path) -> None:
     """Log axes: a column of panels for each axis, a row for each quantity; points with quartiles, and the fitted lines."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
-    colours = {FROZEN: "#8a8a8a", PEFT: "#d1701c", OURS: "#0b6e99"}
+    # Larger marks below smaller ones: points that coincide are all seen.
+    colours = {FROZEN: ("#8a8a8a", "o", 4), PEFT: ("#d1701c", "s", 5.5), OURS: ("#0b6e99", "o", 3)}
     axes, found = list(content["settings"]["axes"]), fits(content)
     figure = Figure(figsize=(3.6 * len(axes), 2.8 * len(QUANTITIES)), layout="constrained")
     panels = figure.subplots(len(QUANTITIES), len(axes), sharex="col", sharey="row")
@@ -264,13 +265,17 @@ def draw(content: dict, path: Path) -> None:
                     [m - q for m, q in zip(median, low, strict=True)],
                     [q - m for m, q in zip(median, high, strict=True)],
                 ]
-                label = f"{provider}: n^{fit.curve.k:.2f}{' + constant' if fit.growing and fit.growing.a else ''}"
-                colour = colours[provider]
-                panel.errorbar(n, median, yerr=bars, fmt="o", markersize=3.5, color=colour, linewidth=1, label=label)
+                growing = fit.growing
+                constant = " + constant" if growing is not None and growing.a > 0.01 * growing(n[-1]) else ""
+                label = f"{provider}: n^{fit.curve.k:.2f}{constant}"
+                colour, mark, size = colours[provider]
+                panel.errorbar(n, median, yerr=bars, fmt=mark, markersize=size, color=colour, linewidth=1, label=label)
                 dense = [n[0] * (n[-1] / n[0]) ** (i / 60) for i in range(61)]
                 panel.plot(dense, fit.curve(dense), color=colour, linewidth=1.1)
             panel.set_xscale("log")
             panel.set_yscale("log")
+            for side in (panel.xaxis, panel.yaxis):
+                side.set_minor_formatter(NullFormatter())
             panel.legend(frameon=False, fontsize=7)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(color="#e6e6e6", linewidth=0.6)
@@ -313,6 +318,7 @@ def main() -> int:
             return 0
         if options.fresh:
             path.unlink(missing_ok=True)
+        gc.freeze()  # the libraries' objects, which the collector would otherwise look through in every round
         content = complete(measure(path, options.quick, say=console.print))
     except (ForeignResults, FileNotFoundError) as error:
         console.print(str(error))

@@ -5,8 +5,8 @@ All fits take relative errors, so that a point of 1 ms counts as much as one of 
 
     slope     y = c nᵏ             a line through (log n, log y), of all points and of the upper half of them
     growing   y = a + b nᵏ         a, b ≥ 0: the exponent of what grows where a constant dominates the small sizes. Left out where
-                                   it says nothing: fewer than 5 points, b nᵏ below a tenth of y at the largest n (nearly constant),
-                                   a standard error above ½, or a k less than two of them from 0
+                                   it says nothing: fewer than 5 points, less than a tenth of y at the largest n grown (constant),
+                                   a standard error above ½, a k less than two of them from 0, or one at the end of the search, 4
 
 A slope over a range in which a constant dominates is too small; the slope of the upper half says what the range ends in, `growing`
 what it tends to. Standard errors are those of least squares: they know the scatter of the points, not a model that is wrong.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXPONENTS = np.arange(0.05, 4.0, 0.05)  # where the search for k begins
+EXPONENTS = np.arange(0.05, 4.0, 0.05)  # where k is searched
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,23 @@ class Power:
 
 @dataclass(frozen=True)
 class Offset:
-    """y = a + b (n / largest)ᵏ: b is what has grown at the largest n"""
+    """y = a + b (n / largest)ᵏ"""
 
     k: float
     error: float
     a: float
     b: float
+    smallest: float
     largest: float
 
     @property
     def share(self) -> float:
-        """The part of y at the largest n that grows."""
-        return self.b / (self.a + self.b)
+        """The part of y at the largest n that was not there at the smallest."""
+        return 1 - float(self(self.smallest) / self(self.largest))
 
     @property
     def says_something(self) -> bool:
-        return self.share >= 0.1 and self.error <= min(0.5, self.k / 2)
+        return self.share >= 0.1 and self.error <= min(0.5, self.k / 2) and self.k < EXPONENTS[-1]
 
     def __call__(self, n):
         return self.a + self.b * (np.asarray(n, float) / self.largest) ** self.k
@@ -143,7 +144,7 @@ def offset(n: Sequence[float], y: Sequence[float]) -> Offset:
     J = np.stack(slopes, 1) / y[:, None]
     covariance = np.linalg.pinv(J.T @ J) * rest / (len(n) - len(slopes))
     error = math.sqrt(covariance[1, 1]) if b > 0 else math.inf
-    return Offset(float(k), error, float(a), float(b), float(n[-1]))
+    return Offset(float(k), error, float(a), float(b), float(n[0]), float(n[-1]))
 
 
 def growth(n: Sequence[float], y: Sequence[float]) -> Growth:

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 
 import communication
 import numpy as np
-from communication import Decoder, Network, Shapes, Trained
+from communication import Decoder, Network, Ranks, Shapes, Trained
 from growth_fit import nonnegative
 from growth_models import OURS, PEFT, Point
 
+from adaptlora.benchmarks import work
 from adaptlora.kernels import devices
 
 DECODER = communication.DECODERS[3]
@@ -31,9 +32,6 @@ DEVICES = 1000
 CHANGES = ((8, 8), (8, 4), (8, 2), (64, 64), (64, 32), (64, 16), (64, 8))  # rank to start with, average that is left
 TIMED = {"step": (OURS,), "penalty": (PEFT, OURS), "rank change": (PEFT, OURS)}
 H100 = devices.DEVICES[90]
-# Bytes of memory for each number, float32: the penalty reads factors twice and writes a gradient; a rank change reads and writes what
-# stays of the factors and of two moments. See bench_rank_penalty.py and bench_step_parts.py.
-PENALTY_BYTES, CHANGE_BYTES = 12, 24
 
 
 def terms(quantity: str, shapes: Shapes, rank: float, kept: float, tokens: int) -> list[float]:
@@ -88,12 +86,11 @@ class CostModel:
 # The predictions
 
 
-def held(decoder: Decoder, start: int, average: float) -> dict:
-    """Numbers and bytes that a device holds for the adapter when its ranks average `average`; they do not depend on the devices."""
-    parts = communication.memory(decoder, Trained("", average), DEVICES, "DDP")
-    bytes_ = {name: round(parts[name]) for name in ("factors", "gradients", "optimizer")}
-    numbers = round(communication.factor_numbers(decoder.linears(), average))
-    return {"start": start, "average": average, "parameters": numbers, **bytes_}
+def held(decoder: Decoder, ranks: Ranks) -> dict[str, int]:
+    """Numbers that train, and bytes that a device holds for them: factors, gradients, AdamW's two moments; float32."""
+    parts = communication.memory(decoder, Trained("", ranks), 1, "DDP")
+    numbers = communication.factor_numbers(decoder.linears(), ranks)
+    return {"parameters": round(numbers)} | {name: round(parts[name]) for name in ("factors", "gradients", "optimizer")}
 
 
 def communicated(decoder: Decoder, start: int, average: float, n: int) -> list[dict]:
@@ -123,8 +120,8 @@ def on_an_h100(decoder: Decoder, start: int, average: float) -> dict:
     compute = communication.step_seconds(decoder, Trained("", start), 1, "DDP", Network(), communication.TOKENS)[
         "compute"
     ]
-    penalty = PENALTY_BYTES * communication.factor_numbers(shapes, start) / H100.bandwidth
-    change = CHANGE_BYTES * communication.factor_numbers(shapes, average) / H100.bandwidth
+    penalty = work.penalty(round(communication.factor_numbers(shapes, start))).bytes / H100.bandwidth
+    change = work.rank_change(round(communication.factor_numbers(shapes, average))).bytes / H100.bandwidth
     return {"start": start, "average": average, "step_s": compute, "penalty_s": penalty, "rank change_s": change}
 
 
@@ -149,7 +146,7 @@ def predictions(points: list[dict], decoder: Decoder = DECODER, devices: int = D
         "modules": len(shapes),
         "devices": devices,
         "tokens": communication.TOKENS,
-        "held": [held(decoder, *change) for change in CHANGES],
+        "held": [{"start": s, "average": average, **held(decoder, average)} for s, average in CHANGES],
         "communicated": [row for change in CHANGES for row in communicated(decoder, *change, devices)],
         "times_here": times,
         "times_h100": [on_an_h100(decoder, *change) for change in CHANGES],

@@ -1,0 +1,67 @@
+"""
+randomized_svd: the 16 leading triplets of dense weights, float32, of singular values 1/√i, which fall slower than a trained weight's.
+
+Bytes and FLOPs: `benchmarks.work.randomized_svd`, a sketch and a projection, which nothing that finds triplets so does without: 8 N K
+bytes, 4 N K · 32 FLOPs; iterations are the price of accuracy. A full SVD has about 20 N K min(N, K) FLOPs, 160 times as many at
+1024×1024.
+
+Peers: `torch.svd_lowrank` with 2 iterations, its default, and with the 4 that are the most here, and the same 16 columns more;
+`torch.linalg.svd`. "energy missed" is the part of what 16 triplets can have that each lacks: equal work is not equal accuracy.
+"""
+
+from functools import reduce
+from operator import add
+
+import pytest
+import torch
+
+from adaptlora.benchmarks import work
+from adaptlora.benchmarks.svd import decaying
+from adaptlora.benchmarks.timing import default_device
+from adaptlora.ops import randomized_svd, randomized_svd_ref
+
+DEVICE = default_device()
+RANK, OVERSAMPLE, N_ITER, COUNT = 16, 16, 4, 4
+SIZES = [(576, 576), (1024, 1024), (1024, 4096)]  # (K, N)
+
+
+def lowrank(weights, n_iter: int):
+    return [torch.svd_lowrank(W, q=RANK + OVERSAMPLE, niter=n_iter) for W in weights]
+
+
+def full(weights):
+    return [torch.linalg.svd(W, full_matrices=False) for W in weights]
+
+
+def missed(found, weights) -> float:
+    """The largest part of the energy of the leading triplets that a factorization's U lacks, in float64."""
+    worst, doubled = 0.0, [W.double() for W in weights]
+    for (U, *_), W, exact in zip(found, doubled, randomized_svd_ref(doubled, RANK), strict=True):
+        energy = (U[:, :RANK].double().mT @ W).square().sum() / exact.S.square().sum()
+        worst = max(worst, 1 - energy.item())
+    return worst
+
+
+@pytest.mark.parametrize(("K", "N"), SIZES, ids=[f"{K}x{N}" for K, N in SIZES])
+@torch.no_grad()
+def test_svd(compare, quick, K, N):
+    if quick and SIZES[0] != (K, N):
+        pytest.skip("--quick runs the smallest size")
+    weights = [decaying(N, K, DEVICE)] * (1 if quick else COUNT)
+    functions = {
+        "adaptlora": lambda: randomized_svd(weights, RANK, oversample=OVERSAMPLE, n_iter=N_ITER),
+        "torch.svd_lowrank, 2 iterations": lambda: lowrank(weights, 2),
+        f"torch.svd_lowrank, {N_ITER} iterations": lambda: lowrank(weights, N_ITER),
+        "torch.linalg.svd": lambda: full(weights),
+    }
+    energy = {name: missed([triplets[:3] for triplets in run()], weights) for name, run in functions.items()}
+    assert energy["adaptlora"] < 1e-4 and energy["torch.linalg.svd"] < 1e-5, energy
+    compare(
+        f"{len(weights)} weights of {N}×{K}, {RANK} triplets",
+        functions,
+        floor="adaptlora",
+        rounds=7,
+        warmup=1,
+        facts={"energy missed": {name: float(f"{value:.2g}") for name, value in energy.items()}},
+        work=reduce(add, [work.randomized_svd(K, N, RANK + OVERSAMPLE)] * len(weights)),
+    )
