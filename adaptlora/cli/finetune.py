@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ..finetune._extras import need
-from ..finetune.presets import METHODS, PRESETS, FinetuneSpec, preset
+from ..finetune.presets import HUB, METHODS, PRESETS, FinetuneSpec, preset
 from ..finetune.registry import TASKS
 from .app import app
 from .console import one_clear_line, progress
@@ -21,11 +23,11 @@ from .console import one_clear_line, progress
 _DEFAULT = FinetuneSpec(model="", data="")
 _OPTIONS = {  # help panel → field of FinetuneSpec → text
     "What to train": {
-        "model": "A transformers folder (or @minilm, @smollm2: fetched ones).",
+        "model": "A transformers folder, hub:NAME (or @minilm, @smollm2: fetched ones).",
         "task": f"{' or '.join(TASKS)}.",
     },
     "Your data": {
-        "data": "A .csv file with a header, or .jsonl with an object a line.",
+        "data": "A .csv file with a header, .jsonl with an object a line, .parquet, a data set's folder, or hub:NAME.",
         "eval_data": "A file to test on. Without it a part of --data is held out.",
         "text_column": "Column of the text; of the prompt, in causal-lm with --label-column.",
         "label_column": "Column of the label (without it: label); in causal-lm of the text to learn after the prompt"
@@ -99,6 +101,14 @@ The same steps with plain LoRA, all ranks kept:
 
     adaptlora finetune --preset trec --method lora -o runs/trec-lora
 
+A paper's setting: what there is, one of them tried out on a small random model, and carried out (a GPU and the Hugging Face hub):
+
+    adaptlora finetune --list-recipes
+
+    adaptlora finetune --recipe glue-mrpc-deberta-v3-base --dry-run
+
+    adaptlora finetune --recipe glue-mrpc-deberta-v3-base -o runs/mrpc
+
 With La-LoRA, ranks from 1 up to 8 over the steps; with NoRA, 2 · 256 · 16 numbers a module:
 
     adaptlora finetune --preset trec --method lalora --temperature 10 -o runs/trec-lalora
@@ -121,6 +131,34 @@ def finetune(
             rich_help_panel="What to train",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="A paper's setting, by its name or as a .yaml file. Options below override its section run.",
+            rich_help_panel="What to train",
+        ),
+    ] = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="Print the recipes there are.", rich_help_panel="What to train")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="A field of the recipe's section run, its value in YAML; may be given several times.",
+            rich_help_panel="What to train",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Try the recipe out on a small random model of the same architecture and made-up data, without hub or GPU.",
+            rich_help_panel="Training",
+        ),
+    ] = False,
     model: Annotated[str | None, _option("model")] = None,
     task: Annotated[str | None, _option("task")] = None,
     data: Annotated[str | None, _option("data")] = None,
@@ -169,7 +207,7 @@ def finetune(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the results (without it: runs/ and the preset's name, or runs/finetune).",
+            help="Folder for the results (without it: runs/ and the preset's or recipe's name, or runs/finetune).",
             rich_help_panel="Result",
         ),
     ] = None,
@@ -183,23 +221,74 @@ def finetune(
     over the steps too), and report.json with everything. The adapter is loaded
     back by stock PEFT before the command ends, and must compute the same.
     """
-    os.environ.setdefault(
-        "HF_HUB_OFFLINE", "1"
-    )  # everything is read from folders; transformers reads this when it is imported
     given = {
         name: value
         for name, value in locals().items()
         if name in FinetuneSpec.__dataclass_fields__ and value is not None
     }
+    console = Console()
     with one_clear_line():
-        spec = _spec(preset_name, given, short)
-        out = out or Path("runs") / (preset_name or "finetune")
+        if list_recipes:
+            _print_recipes(console)
+            return
+        if recipe is None:
+            for option, value in (("--set", changes), ("--dry-run", dry_run)):
+                if value:
+                    raise ValueError(f"finetune: {option} must go with --recipe, got none")
+            spec = _spec(preset_name, given, short)
+        else:
+            for option, value in (("--preset", preset_name), ("--short", short)):
+                if value:
+                    raise ValueError(f"finetune: {option} must not be given with --recipe, got {value!r}")
+            found = _recipe(recipe, given, changes or [])
+            spec = found.spec
+        # Read by transformers when it is imported: what lies in folders is found without asking a hub for it.
+        if dry_run or not any(str(name).startswith(HUB) for name in (spec.model, spec.data, spec.eval_data)):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        if dry_run:
+            from ..finetune.dry_run import dry_run as try_out
+
+            with progress(console) as watch, quiet():
+                result = try_out(found, watch=watch)
+            result.print(console)
+            return
+        out = out or Path("runs") / (preset_name or (found.name if recipe else "finetune"))
         from ..finetune.runner import run
 
-        console = Console()
         with progress(console) as watch, quiet():
             report = run(spec, out=out, watch=watch)
         report.print(console)
+
+
+def _recipe(name: str, given: dict, changes: list[str]):
+    """The recipe of that name or file, with what was given and set instead of its own."""
+    from ..finetune import recipes
+
+    if "target_modules" in given:
+        given["target_modules"] = _target_modules(given["target_modules"])
+    yaml = need("yaml", "reading recipes")
+    for change in changes:
+        field, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"finetune: --set must be FIELD=VALUE, got {change!r}")
+        try:
+            given[field.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"finetune: --set must have a value in YAML, got {change!r}") from error
+    return recipes.read(recipes.find(name), given)
+
+
+def _print_recipes(console: Console) -> None:
+    from ..finetune import recipes
+
+    table = Table(header_style="dim", box=SIMPLE_HEAD)
+    for heading in ("recipe", "method", "model", "paper"):
+        table.add_column(heading, overflow="fold")
+    for name in recipes.names():
+        recipe = recipes.read(recipes.find(name))
+        model = recipe.spec.model.removeprefix(HUB)
+        table.add_row(name, recipe.spec.method, model, f"{recipe.paper['name']}: {recipe.paper['where']}")
+    console.print(table)
 
 
 def _spec(preset_name: str | None, given: dict, short: bool) -> FinetuneSpec:
