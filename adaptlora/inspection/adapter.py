@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .. import adapter_folder, lora_files
@@ -125,7 +126,10 @@ def _single_file(path: Path) -> Inspection:
 
 
 def _modules(factors: dict[str, tuple[Tensor, Tensor]]) -> list[InspectedModule]:
-    norms = rank_norms(*map(list, zip(*factors.values(), strict=True)))
+    lora_As, lora_Bs = map(list, zip(*factors.values(), strict=True))
+    if any(factor.dtype == torch.float64 for factor in lora_As + lora_Bs):  # which the op does not mix with others
+        lora_As, lora_Bs = ([factor.double() for factor in of] for of in (lora_As, lora_Bs))
+    norms = rank_norms(lora_As, lora_Bs)
     modules = []
     for (name, (lora_A, lora_B)), a, b in zip(factors.items(), *norms, strict=True):
         of_A, of_B = a.tolist(), b.tolist()
