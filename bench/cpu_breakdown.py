@@ -13,9 +13,9 @@ import time
 from collections import defaultdict
 
 import torch
-from bench_lora_linear import ALPHA, R, copy_of, our_layer, peft_layer, step
 from torch import nn
 
+from adaptlora.benchmarks.layer import SCALING, R, copy_of, our_layer, peft_layer, step
 from adaptlora.ops import _backend
 from adaptlora.ops._dropout import threshold
 from adaptlora.ranks import RankedPair, commit_ranks
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} thread(s), {_backend.extension().isa()}, r = {R}, lora_alpha = {ALPHA}")
+    print(f"{torch.get_num_threads()} thread(s), {_backend.extension().isa()}, r = {R}, lora_alpha = {SCALING * R:g}")
     for K, N in ((384, 384), (576, 1536)):
         peft_by_operator(K, N)
         kernels(K, N)

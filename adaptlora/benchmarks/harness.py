@@ -105,8 +105,8 @@ class Comparison:
             providers[name] = {
                 f"median_{self.unit}": round(median, 4),
                 f"quartiles_{self.unit}": [round(low, 4), round(high, 4)],
-                "ratio": round(ratios[1], 4),
-                "ratio_quartiles": [round(ratios[0], 4), round(ratios[2], 4)],
+                "ratio": round(ratios[1], 6),
+                "ratio_quartiles": [round(ratios[0], 6), round(ratios[2], 6)],
             }
             if name in self.work and self.limits is not None:
                 providers[name] |= self.limits.describe(self.work[name], statistics.median(samples))

@@ -1,6 +1,6 @@
-"""The command `adaptlora`: finetune, shear, export, inspect, tune, doctor."""
+"""The command `adaptlora`: finetune, shear, export, inspect, bench, tune, doctor."""
 
-from . import finetune, shear, export, inspect, tune, doctor  # isort: skip  (the order of the help)
+from . import finetune, shear, export, inspect, bench, tune, doctor  # isort: skip  (the order of the help)
 from .app import app
 
-__all__ = ["app", "doctor", "export", "finetune", "inspect", "shear", "tune"]
+__all__ = ["app", "bench", "doctor", "export", "finetune", "inspect", "shear", "tune"]
