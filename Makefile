@@ -18,7 +18,7 @@ ASAN_ENV = LD_PRELOAD="$(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell
 	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(ASAN)/report UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(ASAN)/lib PYTEST_ADDOPTS="-o pythonpath=tests --capture=sys"
 
-.PHONY: help venv test asan demo demo-short demo-e2e examples data data-e2e data-forgetting bench bench-quick gpu gpu-check traffic op-behaviour lint clean
+.PHONY: help venv test asan demo demo-short demo-e2e examples data data-e2e data-forgetting data-cifar10 bench bench-quick gpu gpu-check traffic op-behaviour docs lint clean
 
 help:
 	@echo "make demo        MiniLM + TREC-6 with NormAL: accuracy, ranks, sizes, step times, plots (under 5 minutes)"
@@ -31,6 +31,7 @@ help:
 	@echo "make gpu-check   compile every Triton and CUDA kernel in every shipped configuration for sm_80, sm_90, sm_100; needs no GPU (20 minutes)"
 	@echo "make traffic     bytes and FLOPs that the Triton kernels ask for, counted in the interpreter (15 minutes)"
 	@echo "make op-behaviour  every op under torch.library.opcheck and torch.compile, on the C++ kernels and on Triton's in the interpreter"
+	@echo "make docs        the documentation with plots from bench/results/, into build/site/index.html"
 	@echo "make gpu         with a GPU: the Triton tests, the benchmarks, the compile check"
 	@echo "make data        the demo's model and data, once, into .data/"
 	@echo "make venv        the environment alone;  PYTHON=... chooses the interpreter"
@@ -54,6 +55,9 @@ data-forgetting: venv
 
 data-e2e: venv
 	$(BIN)/python -m adaptlora.finetune.fetch e2e
+
+data-cifar10: venv
+	$(BIN)/python -m adaptlora.finetune.fetch cifar10
 
 demo: data
 	$(BIN)/adaptlora finetune --preset trec --output runs/trec
@@ -105,6 +109,9 @@ traffic: venv
 op-behaviour: venv
 	PYTHONPATH=tests $(BIN)/python bench/op_behaviour.py
 	TRITON_INTERPRET=1 PYTHONPATH=tests $(BIN)/python bench/op_behaviour.py --backend triton
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 gpu: venv
 	$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make gpu: needs a CUDA GPU and a torch that was built for it')"
