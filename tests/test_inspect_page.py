@@ -117,13 +117,13 @@ def test_two_adapters_side_by_side_on_a_phone_in_the_dark(browser, tmp_path):
     ]
     assert [[row.split("\t")[1:] for row in of] for of in rows] == [
         [["4", "4"], ["3", "3"], ["", ""]],
-        [["2", ""], ["2", "2"], ["", "1"]],
-        [["−2", ""], ["−1", "−1"], ["", ""]],
-        [["100", ""], ["100", "100"], ["", ""]],
+        [["2", "2"], ["2", ""], ["", "1"]],
+        [["−2", "−2"], ["−1", ""], ["", ""]],
+        [["100", "100"], ["100", ""], ["", ""]],
     ]
     assert browser.texts(".charts figcaption")[2] == "Principal angles between the two ΔW"
     assert browser.texts(".lists h3") == ["Modules in before only", "Modules in after only"]
-    assert browser.texts(".lists li") == ["model.layers.1.mlp.up_proj", "model.layers.1.new"]
+    assert browser.texts(".lists li") == ["model.layers.1.self_attn.q_proj", "model.layers.1.new"]
     shown(browser, path)
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
