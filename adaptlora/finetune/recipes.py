@@ -172,23 +172,17 @@ def _check_sources(content: Mapping, file: _File) -> None:
         if not _fits(given, tuple[str, ...]):
             file.refuse(f"sources.{source}", "be a list of fields of run", given)
         named += given
-    told = _run_fields(content["run"])
-    for name in named:
-        if name not in told:
-            file.refuse("sources", "name fields of run", name)
-    missing = [name for name in told if name not in named and name.partition(".")[0] not in (*named, *_UNSOURCED)]
-    if missing:
-        file.refuse(
-            "sources",
-            'say where every number of run comes from, if only "our choice"; nothing about',
-            ", ".join(missing),
-        )
-
-
-def _run_fields(run: Mapping) -> list[str]:
-    """The fields of `run`, and field.key for those that are mappings."""
+    run = content["run"]
     inner = [f"{name}.{key}" for name, value in run.items() if isinstance(value, dict) for key in value]
-    return [*run, *inner]
+    for name in named:
+        if name not in (*run, *inner):
+            file.refuse("sources", "name fields of run", name)
+    told = {*named, *_UNSOURCED}
+    plain = [name for name, value in run.items() if not isinstance(value, dict)]
+    missing = [name for name in (*plain, *inner) if name not in told and name.partition(".")[0] not in told]
+    if missing:
+        rule = 'say where every number of run comes from, if only "our choice"; nothing about'
+        file.refuse("sources", rule, ", ".join(missing))
 
 
 def _spec(run: Mapping, train: int, changes: Mapping, file: _File) -> FinetuneSpec:

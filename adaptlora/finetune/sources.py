@@ -77,7 +77,7 @@ def _load(spec: FinetuneSpec, source: str, split: str, roles: Mapping[str, str |
             where |= {"path": kind, "data_files": {split.partition("[")[0]: source}}
     try:
         rows = datasets.load_dataset(**where, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"finetune: data must load, got {source!r} with split {split!r}: {reason}") from error
     if not len(rows):

@@ -74,6 +74,10 @@ class CausalLM(TextTask):
     def roles_of(cls, spec: FinetuneSpec) -> dict[str, str | None]:
         return {"messages": None} if "messages" in spec.columns else cls.roles
 
+    @classmethod
+    def tiny_fields(cls, spec: FinetuneSpec) -> dict:
+        return {"task_options": {**spec.task_options, "beams": min(cls.Options(**spec.task_options).beams, 2)}}
+
     @property
     def scores(self) -> dict[str, bool]:
         return {name: more for name, more in super().scores.items() if self.references or name not in self._written}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics, sources
+from ..presets import FinetuneSpec
 from . import base
 from .base import beside_the_encoder
 from .text import TextTask
@@ -45,6 +46,10 @@ class QuestionAnswering(TextTask):
     @classmethod
     def heads(cls, model: nn.Module) -> list[str]:
         return beside_the_encoder(model)
+
+    @classmethod
+    def tiny_fields(cls, spec: FinetuneSpec) -> dict:
+        return {"task_options": {**spec.task_options, "stride": 8}}
 
     def _encode(self, rows: Sequence[dict]) -> list[dict]:
         """A row for each window. Those to test on keep `example`, its number, and `spans` (L, 2), the tokens' characters in the context."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
+from ..presets import FinetuneSpec
 from . import base
 from .text import IGNORED, TextTask
 
@@ -52,6 +53,18 @@ class Seq2Seq(TextTask):
     _auto = "AutoModelForSeq2SeqLM"
     _eval_batch = 16
 
+    @classmethod
+    def check(cls, spec: FinetuneSpec) -> None:
+        super().check(spec)
+        if set(cls.chosen_metrics(spec)) - {"perplexity"} and spec.generate < 1:
+            raise ValueError(f"finetune: generate must be at least 1 for metrics of written texts, got {spec.generate}")
+
+    @classmethod
+    def tiny_fields(cls, spec: FinetuneSpec) -> dict:
+        options = cls.Options(**spec.task_options)
+        small = {"target_length": min(options.target_length, 16), "beams": min(options.beams, 2), "min_tokens": 0}
+        return {"task_options": {**spec.task_options, **small}}
+
     def _encode_some(self, rows: list[dict]) -> list[dict]:
         texts = [self.options.prefix + row["text"] for row in rows]
         inputs = self.tokenizer(texts, truncation=True, max_length=self.spec.max_length)["input_ids"]
@@ -68,16 +81,32 @@ class Seq2Seq(TextTask):
 
     @torch.no_grad()
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        scores = {}
-        written = [name for name in self.scores if name != "perplexity"]
-        if written:
+        scores, texts = {}, []
+        if set(self.scores) - {"perplexity"}:
             count = min(self.spec.generate, len(self.data.test))
-            rows = [self.data.test[i] for i in range(count)]
-            texts, wanted = self._write(model, count), [[row["label"].strip()] for row in rows]
-            found = metrics.rouge(texts, wanted) if any(name.startswith("rouge") for name in written) else {}
-            if "bleu" in written:
-                found["bleu"] = metrics.bleu(texts, wanted)
-            scores |= {name: found[name] for name in written}
+            texts = self._written(model, count)
+            wanted = [[self.data.test[i]["label"].strip()] for i in range(count)]
+            if any(name.startswith("rouge") for name in self.scores):
+                scores |= metrics.rouge(texts, wanted)
+            if "bleu" in self.scores:
+                scores["bleu"] = metrics.bleu(texts, wanted)
         if "perplexity" in self.scores:
             scores["perplexity"] = metrics.perplexity(model, self.test_batches(), shifted=False)
-        return scores
+        return {name: scores[name] for name in self.scores}
+
+    def _written(self, model: nn.Module, count: int) -> list[str]:
+        """What the model writes for the first test examples."""
+        texts = []
+        for start in range(0, count, self._eval_batch):
+            rows = [{"input_ids": row["input_ids"]} for row in self.test[start : min(start + self._eval_batch, count)]]
+            written = model.generate(
+                **self._collate(rows),
+                max_new_tokens=self.spec.new_tokens,
+                min_new_tokens=self.options.min_tokens,
+                do_sample=False,
+                num_beams=self.options.beams,
+                length_penalty=self.options.length_penalty,
+                no_repeat_ngram_size=self.options.no_repeat_ngram,
+            )
+            texts += [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        return texts
