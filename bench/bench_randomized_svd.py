@@ -60,7 +60,7 @@ def test_svd(compare, quick, K, N):
         f"{len(weights)} weights of {N}×{K}, {RANK} triplets",
         functions,
         floor="adaptlora",
-        rounds=7,
+        rounds=5,
         warmup=1,
         facts={"energy missed": {name: float(f"{value:.2g}") for name, value in energy.items()}},
         work=reduce(add, [work.randomized_svd(K, N, RANK + OVERSAMPLE)] * len(weights)),
