@@ -284,7 +284,7 @@ def draw(content: dict, path: Path) -> None:
     for panel, axis in zip(panels[-1], axes, strict=True):
         panel.set_xlabel(axis)
     machine = content["environment"]["machine"]
-    figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads; medians and quartiles", fontsize=9)
+    figure.suptitle(f"{machine['cpu']}, threads: {machine['threads']}; medians and quartiles", fontsize=9)
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
 
