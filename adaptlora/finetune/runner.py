@@ -26,6 +26,7 @@ _OF_SOME_RUNS = (
     f"adapter/{HISTORY_FILE}",
     "trained/adapter_model.safetensors",
     "trained/adapter_config.json",
+    "diffusers/pytorch_lora_weights.safetensors",
 )
 
 Watch = Callable[[str, int, int, str], None]  # stage, done, total, note
@@ -204,6 +205,7 @@ def _write(report: Report, task, adapter, out: Path, partial: Path, watch: Watch
             f"finetune: logits after reloading with PEFT must differ by at most {limit:.0e}"
             f" (relative), got {report.peft_difference:.2e}; nothing was written"
         )
+    task.export(partial / "adapter", partial)
     watch("writing", 2, 3, "pictures")
     plots.rank_heatmap(
         report.ranks,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files import atomic_file
 from ..tensor_files import save_file
 from ..text_files import parse_json
-from . import peft_config
+from . import peft, peft_config
 from .base import LoraFile, LoraModule
 from .kohya import stored_alpha
 
@@ -52,6 +52,24 @@ def component_of(configs: dict[str, dict], name: str) -> tuple[str, str] | None:
         if name.startswith(f"{component}.") or not component:
             return component, name.removeprefix(f"{component}.")
     return None
+
+
+def write_component(folder: str | Path, component: str, out: str | Path) -> None:
+    """
+    A PEFT adapter folder as one of diffusers' files, for `pipeline.load_lora_weights`: its LoraConfig becomes metadata.
+
+    Args: component: of the pipeline, which was adapted: "unet", "transformer".   out: a .safetensors file.
+    Raises: as `lora_files.read`, and ValueError (modules_to_save, which a pipeline does not load), before anything is written.
+    """
+    file = peft.read(folder, "write_component")
+    if file.others():
+        raise ValueError(
+            f"write_component: {folder} must hold lora_A and lora_B alone, for a pipeline loads nothing else, got {file.others()[0]!r}"
+        )
+    tensors = {f"{component}.{key.removeprefix(peft.KEY_PREFIX)}": tensor for key, tensor in file.tensors.items()}
+    config = {f"{component}.{field}": value for field, value in file.config.items()}
+    with atomic_file(Path(out)) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", _CONFIGS: json.dumps(config, indent=2, sort_keys=True)})
 
 
 @dataclasses.dataclass

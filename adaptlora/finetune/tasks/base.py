@@ -214,6 +214,12 @@ class Task:
         """A value for each name in self.scores."""
         raise NotImplementedError
 
+    def export(self, adapter: Path, out: Path) -> None:
+        """Write the adapter for others than PEFT too, into folders of their own in `out`.
+
+        Args: adapter: the PEFT folder.
+        """
+
     # The dry run
 
     @classmethod

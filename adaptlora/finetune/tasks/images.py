@@ -28,10 +28,6 @@ class ImageOptions(Options):
     def __post_init__(self):
         self.rule("workers", isinstance(self.workers, int) and self.workers >= 0, "an integer ≥ 0")
 
-    def rule(self, name: str, holds: bool, text: str) -> None:
-        if not holds:
-            raise ValueError(f"finetune: task_options.{name} must be {text}, got {getattr(self, name)!r}")
-
 
 class Examples(Sequence):
     """Items that are made when they are asked for: load(row, generator or None), with a generator changed at random."""

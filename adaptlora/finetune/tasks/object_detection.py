@@ -1,5 +1,6 @@
 """Boxes and classes of the things in an image, by YOLOS: transformers' loss, COCO's average precision."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -66,6 +67,7 @@ class ObjectDetection(ImageTask):
         self._ids = {name: known[name] for name in self.classes}
 
     def _class_names(self, rows) -> list[str]:
+        _field(rows.features["objects"], self.options.box)
         names = _names(_field(rows.features["objects"], self.options.category))
         if names is None:
             names = sorted({str(label) for objects in rows["objects"] for label in self._fields(objects)[1]})
@@ -100,9 +102,14 @@ class ObjectDetection(ImageTask):
 
     def _truth(self, objects, names: list[str] | None, row: int) -> Truth:
         boxes, labels, crowd = self._fields(objects)
+        if len(labels) != len(boxes):
+            raise ValueError(
+                f"finetune: objects must have as many categories as boxes, got {len(labels)} and {len(boxes)} in row {row}"
+            )
+        for box in boxes:
+            if len(box) != 4 or not all(number is not None and math.isfinite(number) for number in box):
+                raise ValueError(f"finetune: every box must be 4 finite numbers, got {box} in row {row}")
         corners = numpy.array(boxes, dtype=numpy.float64).reshape(-1, 4)
-        if not numpy.isfinite(corners).all():
-            raise ValueError(f"finetune: every box must be 4 finite numbers, got {boxes} in row {row}")
         if self.options.box_format == "xywh":
             corners[:, 2:] += corners[:, :2]
         if (corners[:, 2:] < corners[:, :2]).any():

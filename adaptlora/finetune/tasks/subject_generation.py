@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from ...lora_files.diffusers import write_component
 from .. import pictures, tiny_clip
 from .._extras import need
 from ..presets import HUB
@@ -177,6 +178,11 @@ class SubjectGeneration(ImageTask):
             total += self.loss(model, batch).double().item() * len(batch["sample"])
             count += len(batch["sample"])
         return {"noise_loss": total / count}
+
+    def export(self, adapter: Path, out: Path) -> None:
+        """For pipeline.load_lora_weights(out / "diffusers")."""
+        (out / "diffusers").mkdir()
+        write_component(adapter, "unet", out / "diffusers" / "pytorch_lora_weights.safetensors")
 
     @classmethod
     def meta_model(cls, architecture: Mapping) -> nn.Module:
