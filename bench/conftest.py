@@ -10,6 +10,7 @@ import torch
 
 from adaptlora.benchmarks.case import WARMUP_ROUNDS, Case
 from adaptlora.benchmarks.harness import Interleaved, Report
+from adaptlora.benchmarks.plots import draw
 from adaptlora.benchmarks.roofline import measure as measure_limits
 from adaptlora.benchmarks.timing import default_device, timer_for
 
@@ -95,4 +96,8 @@ def pytest_sessionfinish(session):
     folder = config.getoption("--results")
     if folder is None:
         folder = ROOT / ("runs/bench-quick" if config.getoption("--quick") else "bench/results")
-    config.stash[REPORT].write(folder)
+    report = config.stash[REPORT]
+    report.write(folder)
+    for bench, comparisons in report.comparisons.items():
+        if any("axes" in comparison.facts for comparison in comparisons):
+            draw(report.content(bench), folder, ratios=False)

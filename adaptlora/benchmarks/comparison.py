@@ -2,7 +2,8 @@
 
 Only ratios to the floor are compared, never times, so that a busier or a slower machine is no regression. A provider of a case regressed
 when the lower quartile of its new ratio lies above the upper quartile of the old one and its median is more than 5 % larger. It improved
-when the same holds the other way round. Memory is compared as times are.
+when the same holds the other way round. Memory is compared as times are. Where the floor is adaptlora itself, its ratio to each provider
+of another kind is compared: the floor's own ratio says nothing.
 
 Files are those of `adaptlora bench --json` and of `make bench`. A case is known by its name, and M, R, dropout and dtype where it has them;
 a provider by its name. A case whose floor is another one now cannot be compared.
@@ -18,6 +19,7 @@ from rich.table import Table
 from ..text_files import read_json
 
 TOLERANCE = 0.05
+OURS = "adaptlora"  # what the names of its providers begin with
 _IDENTITY = ("M", "R", "dropout", "dtype")
 # What times depend on, as a path into "environment".
 _CONDITIONS = {
@@ -144,9 +146,12 @@ def _add(results: Results, case, where: str) -> None:
     name = ", ".join([case["case"], *identity])
     if name in results.floors:
         raise ValueError(f"bench: {where} must be named otherwise than the cases before it, got {name!r}")
-    results.floors[name] = case["floor"]
+    floor = results.floors[name] = case["floor"]
     for provider, row in providers.items():
-        results.ratios[name, provider] = _ratio(row, f"{where}: {provider}")
+        ratio = _ratio(row, f"{where}: {provider}")
+        if floor.startswith(OURS) and not provider.startswith(OURS):
+            provider, ratio = f"{floor} over {provider}", Ratio(1 / ratio.high, 1 / ratio.median, 1 / ratio.low)
+        results.ratios[name, provider] = ratio
 
 
 def _ratio(row, where: str) -> Ratio:
@@ -154,9 +159,9 @@ def _ratio(row, where: str) -> Ratio:
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise ValueError(f"bench: {where} must have a number ratio and two numbers ratio_quartiles")
     median, low, high = values
-    if not (0 <= low <= median <= high and median > 0):
+    if not 0 < low <= median <= high:
         raise ValueError(
-            f"bench: {where} must have 0 ≤ lower quartile ≤ ratio ≤ upper quartile, got {low}, {median}, {high}"
+            f"bench: {where} must have 0 < lower quartile ≤ ratio ≤ upper quartile, got {low}, {median}, {high}"
         )
     return Ratio(low, median, high)
 

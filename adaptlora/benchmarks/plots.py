@@ -51,7 +51,7 @@ def _machine(content: Mapping) -> str:
     device = content["environment"].get("device", "cpu")
     place = machine.get("gpu") if device == "cuda" else machine.get("cpu")
     torch = content["environment"].get("versions", {}).get("torch")
-    return f"{place}, {machine.get('threads')} threads, torch {torch}"
+    return f"{place}, threads: {machine.get('threads')}, torch {torch}"
 
 
 def _rated(case: Mapping) -> bool:
@@ -84,7 +84,7 @@ def sweep(cases: list[Mapping], axis: str, path: Path, machine: str = "") -> Pat
     cases = sorted(cases, key=lambda case: (isinstance(case[fact], str), case[fact]))
     numbers = axis not in ("dropout", "dtype")
     places = [case[fact] for case in cases] if numbers else list(range(len(cases)))
-    figure, axes = _axes(7.2, 4.6)
+    figure, axes = _axes(7.2, 5.0)
     floor = cases[0]["floor"]
     providers = list(dict.fromkeys(provider for case in cases for provider in case["providers"] if provider != floor))
     for provider, colour in {floor: INK, **_colours(providers)}.items():
@@ -116,7 +116,7 @@ def sweep(cases: list[Mapping], axis: str, path: Path, machine: str = "") -> Pat
         if name != axis and key in cases[0]
     )
     axes.set_title(f"One adapted layer over {axis}: {others}\n{machine}", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return save_figure(figure, path)
 
 
@@ -168,7 +168,7 @@ def roofline(content: Mapping, path: Path) -> Path:
     slanted roofs are the bandwidths of the largest memory measured and of the fastest, a cache's; the flat ones the peaks by dtype.
     """
     limits = content["environment"]["limits"]
-    figure, axes = _axes(7.2, 4.8)
+    figure, axes = _axes(9.6, 4.8)
     points: dict[str, list[tuple[float, float]]] = {}
     for case in content["cases"]:
         for provider, row in case["providers"].items():
@@ -182,7 +182,7 @@ def roofline(content: Mapping, path: Path) -> Path:
         (bandwidths[-1], "-", "memory"),
         (max(bandwidths, key=lambda entry: entry[1]), ":", "the fastest cache measured"),
     ):
-        end = min(max(high, top / rate), top / rate)
+        end = top / rate
         axes.plot([low, end], [low * rate, end * rate], line, color=MUTED, label=f"{rate:g} GB/s, {where} ({mib} MiB)")
     for dtype, peak in limits["gflop_per_s"].items():
         axes.axhline(peak, color=MUTED, linewidth=1, linestyle="--")
@@ -195,5 +195,5 @@ def roofline(content: Mapping, path: Path) -> Path:
     axes.set_xlabel("counted FLOPs a counted byte")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(f"Roofline\n{_machine(content)}", fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=6, ncols=2)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     return save_figure(figure, path)
