@@ -11,6 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import yaml
 from adaptlora.kernels.devices import DEVICES
 from matplotlib.figure import Figure
 from mkdocs.structure.files import File
@@ -199,7 +200,18 @@ def by_seed(name: str, columns: dict[str, tuple[str, int]], command: str) -> str
     return f"{markdown(['', 'seeds', *columns], rows)}\n\n`{command}`, `bench/results/{name}.json`. {where}."
 
 
+def recipes() -> str:
+    rows = []
+    for file in sorted((ROOT / "recipes").glob("*.yaml")):
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        run, paper = recipe["run"], recipe["paper"]
+        data = str(run.get("data", "")).removeprefix("hub:")
+        rows.append([f"`{file.stem}`", run["method"], run["model"].removeprefix("hub:"), data, paper["where"]])
+    return markdown(["recipe", "method", "model", "data", "after"], rows).replace("---:", "---")
+
+
 TABLES = {
+    "recipes": recipes,
     "quality-trec": lambda: by_seed(
         "quality_trec", {"accuracy": ("accuracy", 4), "parameters": ("parameters", 0)}, "python bench/quality_trec.py"
     ),

@@ -41,6 +41,7 @@ ELSEWHERE = {
 # Commands of which only the options are read: {the line's beginning: why}.
 TOO_DEAR = {
     "adaptlora finetune --preset": "minutes, with the fetched model; test_cli.py runs the short form",
+    "adaptlora finetune --recipe": "tests of the recipes try each out",
     "adaptlora bench": "measures for minutes",
     "adaptlora tune": "needs a GPU",
     "torchrun": "starts processes; test_launchers.py and test_shear_files.py do",
@@ -49,7 +50,7 @@ TOO_DEAR = {
     "python": "scripts that measure for minutes",
 }
 # What a command gets besides, so that it takes a moment.
-SHORT = {"adaptlora finetune": ["--steps", "12"]}
+SHORT = {"adaptlora finetune --model": ["--steps", "12"]}
 PAGES = {page: blocks(page) for page in pages()}
 
 
@@ -116,6 +117,24 @@ def files_of_peft(names: dict) -> None:
     peft_model()[0].save_pretrained("trained-adapter")
 
 
+def adapters_to_look_at(names: dict) -> None:
+    """One before its clip and after it, the latter sheared, and one whose ranks changed in many steps."""
+    configs = {"mine": normal(), "lalora": adaptlora.LaLoRAConfig(r=4, gamma=20.0, target_modules="all-linear")}
+    for name, config in configs.items():
+        adapter = adaptlora.attach(tiny_bert(), config)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+        adapter.track(optimizer)
+        for seed in range(4):
+            adapter.model(**bert_batch(seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if name == "mine" and seed == 2:
+                adapter.save("runs/other/adapter")
+            adapter.step()
+        adapter.save(f"runs/{name}/adapter")
+    invoke("shear", "runs/mine/adapter", "--method", "svd", "--budget", "20", "-o", "runs/sheared")
+
+
 def llama_folder_here(names: dict) -> None:
     llama_model().save_pretrained("llama")
 
@@ -174,6 +193,7 @@ BEFORE = {
     ("README.md", "adaptlora.shear(peft_model)"): for_peft,
     ("README.md", "adaptlora shear ADAPTER"): files_of_peft,
     ("docs/index.md", "Trainer(model"): for_trainer,
+    ("docs/inspecting.md", "adaptlora inspect runs/mine/adapter\n"): adapters_to_look_at,
     ("docs/index.md", "adaptlora.accelerate(peft_model)"): for_peft,
     ("docs/migrating.md", "import copy"): llama_folder_here,
     ("docs/training.md", "Trainer(model"): for_trainer_of_a_plain_model,
@@ -199,6 +219,11 @@ def after_index(names: dict) -> None:
     after_readme(names)
     assert sum(ranks("out")) == 4 * len(ranks("out"))
     assert sum(names["report"].ranks().values()) == 16
+
+
+def after_inspecting(names: dict) -> None:
+    assert {path.name for path in Path("pictures").iterdir()} == {"ranks.png", "norms.png", "singular_values.png"}
+    assert Path("steps.png").exists() and "<html" in Path("compared.html").read_text()
 
 
 def after_migrating(names: dict) -> None:
@@ -227,6 +252,7 @@ def after_extending(names: dict) -> None:
 AFTER = {
     "README.md": after_readme,
     "docs/index.md": after_index,
+    "docs/inspecting.md": after_inspecting,
     "docs/migrating.md": after_migrating,
     "docs/extending.md": after_extending,
 }
@@ -268,7 +294,9 @@ def check_options(words: list[str]) -> None:
     while hasattr(command, "commands"):
         assert words and words[0] in command.commands, f"adaptlora has no command {words[:1]}"
         command, words = command.commands[words[0]], words[1:]
-    command.make_context(command.name, list(words))
+    parameters = command.make_context(command.name, list(words)).params
+    recipe = parameters.get("recipe")
+    assert not recipe or (ROOT / "recipes" / f"{recipe}.yaml").exists(), f"no recipe {recipe}"
 
 
 def check_install(words: list[str]) -> None:
@@ -291,7 +319,7 @@ def run_line(block: Block, words: list[str], of_page: dict) -> None:
         case "adaptlora" if dear:
             check_options(words)
         case "adaptlora":
-            invoke(*words[1:], *SHORT.get(" ".join(words[:2]), []))
+            invoke(*words[1:], *SHORT.get(" ".join(words[:3]), []))
         case "make":
             missing = {word for word in words[1:] if "=" not in word} - make_targets()
             assert not missing, f"Makefile has no {missing}"
