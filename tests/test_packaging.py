@@ -36,6 +36,8 @@ layer(torch.ones(3, 5)).sum().backward()
 assert layer.lora_A.grad.shape == (2, 5)
 import adaptlora.kernels, importlib.util
 assert importlib.util.find_spec("adaptlora.kernels.lora_linear") is not None
+from adaptlora.finetune import recipes
+assert "glue-mrpc-deberta-v3-base" in recipes.names(), recipes.folder()
 import kernels
 assert kernels.OTHER == "another package", kernels
 print("package:", os.path.dirname(adaptlora.__file__), _backend.choose(torch.ones(1)), "triton" in sys.modules, flush=True)
@@ -49,7 +51,8 @@ def test_every_package_is_declared():
     with open(ROOT / "pyproject.toml", "rb") as stream:
         declared = tomllib.load(stream)["tool"]["setuptools"]["packages"]
     folders = [ROOT / "adaptlora", *(path.parent for path in (ROOT / "adaptlora").rglob("__init__.py"))]
-    assert sorted(declared) == sorted({".".join(folder.relative_to(ROOT).parts) for folder in folders})
+    code = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert sorted(declared) == sorted(code | {"adaptlora.recipes"})  # recipes are data, and lie elsewhere too
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +113,8 @@ def test_sdist_to_wheel_with_the_extension(checkout, environment, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("adaptlora/_C.") for name in names) and "adaptlora/kernels/lora_linear.py" in names
+    recipes = {f"adaptlora/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert recipes and recipes <= set(names)
     assert {name.split("/")[0] for name in names} == {"adaptlora", names[-1].split("/")[0]}
     environment.install(str(wheel), cwd=tmp_path)
     ((folder, backend, triton, doctor),) = environment.check(tmp_path)

@@ -1,5 +1,6 @@
 """adaptlora finetune"""
 
+import importlib.util
 import os
 import re
 import warnings
@@ -322,10 +323,12 @@ def _target_modules(text: str) -> str | tuple[str, ...]:
 
 @contextmanager
 def quiet():
-    """Without transformers' own bars and load reports, and other packages' warnings about their future."""
+    """Without transformers' and datasets' own bars and load reports, and other packages' warnings about their future."""
     logging = need("transformers", "adaptlora finetune").utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if importlib.util.find_spec("datasets"):
+        need("datasets", "adaptlora finetune").disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -3,9 +3,11 @@
 import importlib
 from types import ModuleType
 
+_RECIPES = ("datasets", "diffusers", "rouge_score", "yaml")  # packages of the extra `recipes`, which are not of `demo`
+
 
 class MissingExtraError(ImportError):
-    """A package of the extra `demo` is not installed; the message says how to install it."""
+    """A package of the extra `demo` or `recipes` is not installed; the message says how to install it."""
 
 
 def need(package: str, purpose: str) -> ModuleType:
@@ -19,6 +21,7 @@ def need(package: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != package.split(".")[0]:
             raise
         name = package.split(".")[0]
+        extra = "recipes" if name in _RECIPES else "demo"
         raise MissingExtraError(
-            f'{purpose} needs the package {name}, which is not installed: pip install "adaptlora[demo]"'
+            f'{purpose} needs the package {name}, which is not installed: pip install "adaptlora[{extra}]"'
         ) from error

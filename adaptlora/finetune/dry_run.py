@@ -32,7 +32,7 @@ class RealSizes:
     """What the method adapts in the real model."""
 
     modules: dict[str, tuple[int, int]]  # name → (out_features, in_features)
-    parameters: int  # trained ones in the adapter at the start
+    parameters: int  # trained ones in the adapter, at its largest ranks
     base_parameters: int
 
 
@@ -47,13 +47,17 @@ class DryRun:
 
     def print(self, console: Console) -> None:
         recipe, real, spec, report = self.recipe, self.real, self.recipe.spec, self.report
-        scores = ", ".join(f"{name} {value:.3g}" for name, value in report.scores["ours"]["end"].items())
+        moment, found = list(report.scores["ours"].items())[-1]
+        scores = ", ".join(f"{name} {value:.3g}" for name, value in found.items()) + (
+            " sheared" if moment == "sheared" else ""
+        )
         kinds = ", ".join(_kinds(real.modules))
         lines = {
             "recipe": f"{recipe.name}: {recipe.title} ({recipe.paper['where']})",
             "model": f"{spec.model}: {real.base_parameters:,} parameters, {recipe.architecture['model_type']}",
             "adapted": f"{len(real.modules)} modules: {kinds}",
-            "adapter": f"{spec.method}, {real.parameters:,} parameters at the start" + _amount(spec, len(real.modules)),
+            "adapter": f"{spec.method}, {real.parameters:,} parameters at its largest ranks"
+            + _amount(spec, len(real.modules)),
             "run": f"{spec.steps:,} steps of {spec.batch_size}, {recipe.epochs:.3g} epochs of {recipe.data['train']:,} rows",
             "tried": f"{len(report.ranks)} modules of the same kinds, {self.tiny.steps} steps: loss {report.losses['ours'][0]:.3f} →"
             f" {report.losses['ours'][-1]:.3f}; {describe_ranks(report.ranks)}; {scores}",

@@ -105,12 +105,12 @@ def read(path: str | Path, changes: Mapping[str, Any] | None = None) -> Recipe:
     for part in ("train", "test"):
         if content["data"][part] < 1:
             file.refuse(f"data.{part}", "be at least 1", content["data"][part])
-    _check_sources(content, file)
     spec = _spec(content["run"], content["data"]["train"], changes or {}, file)
     own = dict.fromkeys(task_class(spec.task).architecture_keys, object)
     file.table("architecture.", content["architecture"], _ARCHITECTURE | own)
     recipe = Recipe(path=file.path, notes=content.get("notes", ""), spec=spec, **_without(content, "notes", "run"))
     _check(recipe, file)
+    _check_sources(content, file)
     return recipe
 
 

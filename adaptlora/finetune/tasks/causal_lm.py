@@ -76,7 +76,9 @@ class CausalLM(TextTask):
 
     @classmethod
     def tiny_fields(cls, spec: FinetuneSpec) -> dict:
-        return {"task_options": {**spec.task_options, "beams": min(cls.Options(**spec.task_options).beams, 2)}}
+        beams = min(cls.Options(**spec.task_options).beams, 2)
+        # what stands around a prompt does not shrink, and a small tokenizer makes more tokens of it
+        return {"max_length": min(spec.max_length, 256), "task_options": {**spec.task_options, "beams": beams}}
 
     @property
     def scores(self) -> dict[str, bool]:

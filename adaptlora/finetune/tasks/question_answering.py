@@ -49,14 +49,16 @@ class QuestionAnswering(TextTask):
 
     @classmethod
     def tiny_fields(cls, spec: FinetuneSpec) -> dict:
-        return {"task_options": {**spec.task_options, "stride": 8}}
+        return {"task_options": {**spec.task_options, "stride": 4}}
 
     def _encode(self, rows: Sequence[dict]) -> list[dict]:
         """A row for each window. Those to test on keep `example`, its number, and `spans` (L, 2), the tokens' characters in the context."""
         windows, first, tested = [], 0, rows is self.data.test
         for some in sources.chunks(rows):
+            questions = [row["question"].strip() for row in some]
+            self._check_room(questions)
             encoded = self.tokenizer(
-                [row["question"].strip() for row in some],
+                questions,
                 [row["context"] for row in some],
                 truncation="only_second",
                 max_length=self.spec.max_length,
@@ -75,6 +77,18 @@ class QuestionAnswering(TextTask):
                 windows.append(window | ({"example": first + number, "spans": spans} if tested else {}))
             first += len(some)
         return windows
+
+    def _check_room(self, questions: list[str]) -> None:
+        """The tokenizer would not say it, but stop the process."""
+        around = self.tokenizer.num_special_tokens_to_add(pair=True)
+        for question, ids in zip(
+            questions, self.tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True
+        ):
+            if self.spec.max_length - len(ids) - around <= self.options.stride:
+                raise ValueError(
+                    f"finetune: max_length must leave more than stride={self.options.stride} tokens after every question, got"
+                    f" {self.spec.max_length} for a question of {len(ids)} tokens ({question[:40]!r}…)"
+                )
 
     def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
         return super()._collate([{name: row[name] for name in self._batch if name in row} for row in rows])
