@@ -461,7 +461,7 @@ def test_unknown_labels(folders, tmp_path):
         ({"bbox": [[1, 5, 3, float("nan")]], "category": ["a"]}, "4 finite numbers"),
         (
             {"bbox": [[1, 5, 3, 4], [1, 1, 2, 2]], "category": ["a"]},
-            "as many categories as boxes, got 1 and 2 in row 1",
+            "as many 'category' as boxes, got 1 and 2 in row 1",
         ),
         ({"bbox": [[1, 5, 3]], "category": ["a"]}, "4 finite numbers"),
     ],

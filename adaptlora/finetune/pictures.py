@@ -6,6 +6,8 @@ import torch
 
 from ._extras import need
 
+BILINEAR = 2  # PIL.Image.Resampling's number: PIL itself is imported when it is needed
+_MIRROR = 0  # PIL.Image.Transpose.FLIP_LEFT_RIGHT
 _COLUMN = "image"
 
 
@@ -69,10 +71,10 @@ def random_crop(image, size: tuple[int, int], scale: tuple[float, float], genera
         max(1.0, side * min(1.0, area**0.5 * by)) for side, by in zip(image.size, (shape, 1 / shape), strict=True)
     )
     x, y = left * (image.width - width), top * (image.height - height)
-    return image.resize((size[1], size[0]), resample=2, box=(x, y, x + width, y + height))  # 2: bilinear
+    return image.resize((size[1], size[0]), resample=BILINEAR, box=(x, y, x + width, y + height))
 
 
 def random_flip(image, generator: torch.Generator):
     """(image, whether it was flipped): mirrored left to right in half of the cases."""
     flip = torch.rand((), generator=generator).item() < 0.5
-    return (image.transpose(0) if flip else image), flip  # 0: FLIP_LEFT_RIGHT
+    return (image.transpose(_MIRROR) if flip else image), flip

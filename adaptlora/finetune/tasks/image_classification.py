@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import metrics, pictures, sources
 from .._extras import need
 from .base import beside_the_encoder
-from .images import Examples, ImageOptions, ImageTask
+from .images import Examples, ImageOptions, ImageTask, label_name
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ def class_ids(rows, classes: Sequence[str]) -> list[int]:
     known = {name: position for position, name in enumerate(classes)}
     ids = []
     for row, label in enumerate(rows["label"][:]):
-        name = (
-            names[label] if names and label is not None and 0 <= label < len(names) else None if names else str(label)
-        )
+        name = label_name(label, names)
         if name not in known:
             raise ValueError(
                 f"finetune: every label must be one of the {len(classes)} classes of the training data, got {label!r} in row {row}"

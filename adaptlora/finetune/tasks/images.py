@@ -45,6 +45,13 @@ class Examples(Sequence):
         return self.load(row, None)
 
 
+def label_name(label, names: Sequence[str] | None) -> str | None:
+    """The name of a label: of a class number the one of `names`, otherwise itself as text; None where it has none."""
+    if label is None or names is None:
+        return label if label is None else str(label)
+    return names[label] if 0 <= label < len(names) else None
+
+
 class ImageTask(Task):
     """A task whose rows have a column `image`; its `_encode` returns Examples."""
 
@@ -72,7 +79,7 @@ class ImageTask(Task):
         positions = range(self.spec.steps * size)
         order = self._order.tolist()
         examples = ((order[at], torch.Generator().manual_seed(seed + at)) for at in positions)
-        return self._read_ahead(self.train, zip(*[examples] * size, strict=True))
+        return self._read_ahead(self.train, zip(*[examples] * size, strict=True))  # so many of one iterator at a time
 
     def test_batches(self) -> Iterator[dict[str, Tensor]]:
         rows = [(row, None) for row in range(len(self.test))]

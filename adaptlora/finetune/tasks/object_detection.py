@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import pictures
 from ..average_precision import Detections, Truth, average_precision
-from .images import Examples, ImageOptions, ImageTask
+from .images import Examples, ImageOptions, ImageTask, label_name
 
 BOX_FORMATS = ("xywh", "xyxy")
 _OUTSIDE = 0.01  # of a side: COCO's own boxes are rounded
@@ -44,7 +44,8 @@ class ObjectDetectionOptions(ImageOptions):
 class ObjectDetection(ImageTask):
     """A set of boxes, matched to those that are there; what the model says of an image does not depend on other images."""
 
-    roles: ClassVar = {"image": "image", "objects": "objects"}
+    # with an image's width and height all boxes are checked before the training, without them when the image is read
+    roles: ClassVar = {"image": "image", "objects": "objects", "width": None, "height": None}
     metrics: ClassVar = {"map": True, "map_50": True, "map_75": True}
     packages: ClassVar = (*ImageTask.packages, "scipy")
     Options = ObjectDetectionOptions
@@ -88,6 +89,10 @@ class ObjectDetection(ImageTask):
         names = _names(_field(rows.features["objects"], self.options.category))
         found = [self._truth(objects, names, row) for row, objects in enumerate(rows["objects"][:])]
 
+        if {"width", "height"} <= set(rows.column_names):
+            for row, size in enumerate(zip(rows["width"][:], rows["height"][:], strict=True)):
+                _check_inside(found[row].boxes, size, row)
+
         def load(row: int, generator: torch.Generator | None) -> dict:
             image, truth = pictures.picture(rows, row), found[row]
             _check_inside(truth.boxes, image.size, row)
@@ -102,10 +107,11 @@ class ObjectDetection(ImageTask):
 
     def _truth(self, objects, names: list[str] | None, row: int) -> Truth:
         boxes, labels, crowd = self._fields(objects)
-        if len(labels) != len(boxes):
-            raise ValueError(
-                f"finetune: objects must have as many categories as boxes, got {len(labels)} and {len(boxes)} in row {row}"
-            )
+        for what, values in ((self.options.category, labels), (self.options.crowd, crowd)):
+            if len(values) != len(boxes):
+                raise ValueError(
+                    f"finetune: objects must have as many {what!r} as boxes, got {len(values)} and {len(boxes)} in row {row}"
+                )
         for box in boxes:
             if len(box) != 4 or not all(number is not None and math.isfinite(number) for number in box):
                 raise ValueError(f"finetune: every box must be 4 finite numbers, got {box} in row {row}")
@@ -119,7 +125,7 @@ class ObjectDetection(ImageTask):
             )
         ids = []
         for label in labels:
-            name = (names[label] if 0 <= label < len(names) else None) if names else str(label)
+            name = label_name(label, names)
             if name not in self._ids:
                 raise ValueError(
                     f"finetune: every category must be one of the {len(self.classes)} classes of the training data,"
@@ -201,7 +207,8 @@ def _names(feature) -> list[str] | None:
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 
-def _check_inside(boxes: numpy.ndarray, size: tuple[int, int], row: int) -> None:
+def _check_inside(boxes: numpy.ndarray, size: tuple[float, float], row: int) -> None:
+    """Raises: ValueError (a box that is not in an image of this width and height)."""
     width, height = size
     low, high = boxes[:, :2], boxes[:, 2:] - (width, height)
     slack = numpy.array([width, height]) * _OUTSIDE
@@ -209,6 +216,6 @@ def _check_inside(boxes: numpy.ndarray, size: tuple[int, int], row: int) -> None
     if outside.any():
         wrong = boxes[int(outside.argmax())].tolist()
         raise ValueError(
-            f"finetune: every box must lie in its image of {width} × {height} pixels, got {wrong} (left, top, right, bottom)"
+            f"finetune: every box must lie in its image of {width:g} × {height:g} pixels, got {wrong} (left, top, right, bottom)"
             f" in row {row}; task_options.box_format says how they are written"
         )

@@ -216,7 +216,7 @@ def _centre(image, side: int) -> tuple[Tensor, Tensor]:
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
-    cut = image.resize((width, height), resample=2).crop((left, top, left + side, top + side))  # 2: bilinear
+    cut = image.resize((width, height), resample=pictures.BILINEAR).crop((left, top, left + side, top + side))
     numpy = need("numpy", "adaptlora finetune")
     pixels = torch.from_numpy(numpy.array(cut)).permute(2, 0, 1).float() / 127.5 - 1
     return pixels, torch.tensor([image.height, image.width, top, left, side, side])
