@@ -51,8 +51,16 @@ class Store:
         content = self._content()  # again: another process may have added to it
         content["machine"], content["versions"] = doctor.machine(), doctor.versions()
         content["runs"][self.key(spec)] = {"spec": spec, **result}
+        self._write(content)
+
+    def summarise(self, name: str, summary: dict) -> None:
+        content = self._content()
+        content.setdefault("tables", {})[name] = summary
+        self._write(content)
+
+    def _write(self, content: dict) -> None:
         with atomic_file(self.file) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def spec_of(task: str, fixed: quality_tasks.QualityTask, variant: Variant, lr: float, seed: int) -> dict:
@@ -184,9 +192,13 @@ def main() -> None:
         seeds = options.seeds or table.seeds
         bench.fill(table, seeds)
         summary = quality_report.summary(table, bench.fixed(table.task), bench.runs(table, seeds))
-        print(quality_report.markdown(name, table, summary))
-        if summary:
-            quality_report.plot(table, summary, options.results / f"quality_{name}.png")
+        if not any(row["mean"] is not None for row in summary["rows"].values()):
+            print(f"{name}: no runs yet")
+            continue
+        bench.store.summarise(name, summary)
+        print(f"{name}: {table.title}\n\n{quality_report.markdown(summary)}\n")
+        with atomic_file(options.results / f"quality_{name}.png") as partial:
+            quality_report.figure(summary).savefig(partial, dpi=150, format="png")
 
 
 if __name__ == "__main__":

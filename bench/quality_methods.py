@@ -1,7 +1,5 @@
 """The methods that the quality tables compare, each one object that a loop drives: ours on adaptlora, the others as PEFT has them."""
 
-import statistics
-
 import peft
 import torch
 from torch import nn
@@ -106,7 +104,3 @@ class PeftRun:
 
 def start(model: nn.Module, method: str, fields: dict, **where) -> OurRun | PeftRun:
     return (PeftRun if method in PEFTS else OurRun)(model, method, fields, **where)
-
-
-def average(ranks: list[int]) -> float:
-    return statistics.mean(ranks)

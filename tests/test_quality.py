@@ -1,5 +1,6 @@
 """The quality tables: what is compared with what, how learning rates are found, what is kept, and the numbers that are printed."""
 
+import json
 import sys
 from dataclasses import replace
 from itertools import count
@@ -146,14 +147,13 @@ def test_summary_by_hand():
 
     runs = {"a": {0: run(0.5), 1: run(0.7)}, "b": {0: run(0.6), 1: run(0.9), 2: run(None)}, "c": {}}
     summary = quality_report.summary(table, TINY, runs)
-    assert list(summary) == ["a", "b"]
-    assert summary["a"]["mean"] == pytest.approx(0.6) and summary["a"]["std"] == pytest.approx(0.141421, rel=1e-5)
-    b = summary["b"]
+    a, b = summary["rows"].values()
+    assert list(summary["rows"]) == ["a", "b"]
+    assert a["mean"] == pytest.approx(0.6) and a["std"] == pytest.approx(0.141421, rel=1e-5)
     assert (b["seeds"], b["failed"], b["rank"]) == (3, 1, 4)
     assert b["difference"] == pytest.approx(0.15) and b["difference_std"] == pytest.approx(0.0707107, rel=1e-5)
-    text = quality_report.markdown("t", table, summary)
+    text = quality_report.markdown(summary)
     assert "| b | 0.7500 ± 0.2121 | +0.1500 ± 0.0707 | 3 (1 diverged) | 0.001 | 4.00 | 102 |" in text
-    assert quality_report.markdown("t", table, {}) == "t: no runs yet"
 
 
 @pytest.mark.parametrize("curves", [None, Curves("η", {"a": ("one", 0.1), "b": ("two", 1.0)}, log=True)])
@@ -161,7 +161,9 @@ def test_plots_are_pictures(tmp_path, curves):
     rows = {name: Variant(PEFT_LORA, {}, name) for name in "abc"}
     table = Table("trec", "a plot", 1, rows, "a", curves)
     runs = {name: {0: {"score": 0.5, "ranks": [1], "parameters": 1, "lr": 1e-3}} for name in "ab"}
-    quality_report.plot(table, quality_report.summary(table, TINY, runs | {"c": {}}), tmp_path / "plot.png")
+    summary = quality_report.summary(table, TINY, runs | {"c": {}})
+    assert json.loads(json.dumps(summary))["rows"].keys() == {"a", "b"}
+    quality_report.figure(json.loads(json.dumps(summary))).savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
