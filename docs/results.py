@@ -378,6 +378,9 @@ def cpu_figure() -> str:
 
 
 TABLES["cpu-roofline"] = cpu_figure
+TABLES["gpu-roofline"] = lambda: (
+    "![Predicted roofline positions on an H100](figures/roofline_gpu.svg)\n\n`bench/results/kernel_traffic.json`"
+)
 FIGURES = {"roofline_gpu": gpu_roofline, "roofline_cpu": cpu_roofline}
 
 

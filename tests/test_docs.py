@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -309,6 +310,11 @@ def check_install(words: list[str]) -> None:
         assert set((found[1] or "").split(",")) - {""} <= declared.keys(), word
 
 
+def check_make(words: list[str]) -> None:
+    missing = {word for word in words[1:] if "=" not in word} - make_targets()
+    assert not missing, f"Makefile has no {missing}"
+
+
 def run_line(block: Block, words: list[str], of_page: dict) -> None:
     line = " ".join(words)
     words = [str(of_page.get(word, word)) for word in words]
@@ -321,8 +327,7 @@ def run_line(block: Block, words: list[str], of_page: dict) -> None:
         case "adaptlora":
             invoke(*words[1:], *SHORT.get(" ".join(words[:3]), []))
         case "make":
-            missing = {word for word in words[1:] if "=" not in word} - make_targets()
-            assert not missing, f"Makefile has no {missing}"
+            check_make(words)
         case "python" if words[1:3] == ["-m", "adaptlora.cli"]:
             invoke(*words[3:])
         case "python":
@@ -352,7 +357,7 @@ def run_page(page: str, stand_ins: dict) -> None:
         match block.language:
             case "python":
                 run_python(block, names)
-            case "sh":
+            case "sh" | "bash":
                 for words in commands(block):
                     run_line(block, words, of_page)
             case "yaml":
@@ -380,6 +385,20 @@ def test_what_runs_elsewhere_is_there():
     for (page, start), file in ELSEWHERE.items():
         assert any(block.text.startswith(start) for block in PAGES[page]), f"{page} has no block {start!r}"
         assert Path(page).name in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_prose_names_is_there(page):
+    """Commands between backticks, and links to files; mkdocs looks at those from page to page itself."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command in re.findall(r"`((?:make|python (?:-m pytest )?\S+\.py)\b[^`]*)`", text):
+        words = shlex.split(command)
+        if words[0] == "python":
+            check_script(words)
+        else:
+            check_make(words)
+    for target in re.findall(r"\]\((?!\w+:)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
 
 
 @pytest.mark.skipif(peft.__version__ != "0.21.2", reason="the guide lists this version's fields")
