@@ -239,7 +239,7 @@ def step_seconds(
 # Tables
 
 R = 8
-# NormAL's preset halves the ranks; La-LoRA's 2.55 is the mean over a run in results/quality_trec.json.
+# NormAL's preset halves the ranks; La-LoRA's 2.55 is the mean over `adaptlora finetune --preset trec --method lalora --temperature 10`.
 TRAINED = (
     Trained("LoRA, or any masked method, r = 8", R),
     Trained("NormAL, r = 8, clipped to 4", R / 2),
