@@ -125,6 +125,7 @@ A, B, AWAY = [0, 0, 10, 10], [20, 20, 40, 30], [60, 60, 70, 70]
         ([detected([A, A, B], [0.9, 0.8, 0.7])], [truth([A, B])], ((51 + 50 * 2 / 3) / 101,) * 3),
         # what lies in a crowd counts neither way; the share of the box that does decides
         ([detected([A, [60, 60, 65, 65]], [0.8, 0.9])], [truth([A, [50, 50, 90, 90]], crowd=[False, True])], (1, 1, 1)),
+        ([detected([[60, 60, 65, 65]], [0.9])], [truth([A, [50, 50, 90, 90]], crowd=[False, True])], (0, 0, 0)),
         # classes weigh the same; one that was only detected has no say
         ([detected([A, B, B], [0.9, 0.9, 0.9], [1, 3, 4])], [truth([A, B], [1, 2])], (0.5, 0.5, 0.5)),
         # ranked over all images: right 0.9, wrong 0.8, right 0.7
@@ -245,14 +246,19 @@ def test_training_images_are_changed_at_random_and_alike_with_threads(folders, t
     data = class_folder(tmp_path / "data")
     runs = [
         list(build(folders, "image-classification", data, test_split="test", task_options=options).batches())
-        for options in ({}, {"workers": 3}, {"crop": 1, "flip": False})
+        for options in ({}, {"workers": 3}, {"crop": 1, "flip": False}, {"crop": 1}, {"flip": False})
     ]
     same = [torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(runs[0], runs[1], strict=True)]
     assert same == [True] * 4
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(runs[0], runs[2], strict=True))
     plain = build(folders, "image-classification", data, test_split="test")
     still = torch.stack([plain.train[row]["pixel_values"] for row in plain._order[:2].tolist()])
-    assert torch.equal(runs[2][0]["pixel_values"], still) and not torch.equal(runs[0][0]["pixel_values"], still)
+    assert torch.equal(runs[2][0]["pixel_values"], still)
+    pixels = [torch.cat([batch["pixel_values"] for batch in run]) for run in runs]
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(pixels[3], pixels[2], strict=True)]
+    alike = [torch.equal(a, b) for a, b in zip(pixels[3], pixels[2], strict=True)]
+    assert all(a != b for a, b in zip(mirrored, alike, strict=True)) and 0 < sum(mirrored) < 8
+    assert not any(torch.equal(a, b) for a, b in zip(pixels[4], pixels[2], strict=True))
 
 
 def test_random_crop_stays_in_the_image_and_keeps_to_its_scale():
@@ -313,7 +319,9 @@ def test_a_model_that_finds_every_box_scores_one(folders, tmp_path):
                 x, y, width, height = box
                 centre = ((x + width * (0.5 + self.shift)) / 40, (y + height / 2) / 30)
                 answers[0][0, query] = torch.tensor([*centre, width / 40, height / 30])
-                answers[1][0, query, task.classes.index(name)] = 12.0
+                answers[1][0, query, task.classes.index(name)] = (
+                    8.0  # less sure than of nothing, and still the best class
+                )
             return SimpleNamespace(pred_boxes=answers[0], logits=answers[1])
 
     assert task.evaluate(Oracle(0.0)) == pytest.approx({"map": 1, "map_50": 1, "map_75": 1})
@@ -356,10 +364,23 @@ def test_subject_batches_hold_all_that_is_random(folders, tmp_path):
     names = [task.train[row] for row in task._order[:2].tolist()]
     spread = torch.stack([item["std"] for item in names])
     assert ((latents - torch.stack([item["mean"] for item in names])).abs() < 6 * spread + 1e-4).all()
-    pixels = pictures.picture(task.data.train, int(task._order[0]))
-    assert pixels.size == (90, 70) and names[0]["mean"].shape == (vae.config.latent_channels, 8, 8)
+    source = pictures.picture(task.data.train, int(task._order[0]))
+    assert source.size == (90, 70)
+    middle = numpy.asarray(source.resize((82, 64), resample=Image.Resampling.BILINEAR), dtype=numpy.float32)[:, 9:73]
+    with torch.no_grad():
+        encoded = vae.encode(torch.from_numpy(middle / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist
+    torch.testing.assert_close(names[0]["mean"], encoded.mean[0] * 0.13025)  # SDXL's factor
+    torch.testing.assert_close(names[0]["std"], encoded.std[0] * 0.13025)
     model = task.model()
     states, pooled = task._text
+    words = task._part("CLIPTokenizer", "tokenizer")(options["prompt"], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        read = [
+            task._part(kind, f"text_encoder{end}")(words["input_ids"], output_hidden_states=True)
+            for kind, end in (("CLIPTextModel", ""), ("CLIPTextModelWithProjection", "_2"))
+        ]
+    torch.testing.assert_close(states, torch.cat([one.hidden_states[-2] for one in read], dim=-1))
+    torch.testing.assert_close(pooled, read[1].text_embeds)
     predicted = model(
         first["sample"],
         first["timestep"],
