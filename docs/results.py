@@ -1,7 +1,8 @@
 """
 Tables and plots of the pages, made from bench/results/*.json when the site is built, so that no number is copied by hand.
 
-A hook of mkdocs. In a page `<!-- results: NAME -->` stands for what TABLES[NAME] returns; figures/*.svg are those of FIGURES.
+A hook of mkdocs. In a page `<!-- results: NAME -->` stands for what TABLES[NAME] returns, and `<!-- results: quality-TABLE -->` for a
+table of bench/quality.py with its plot; figures/*.svg are those of FIGURES.
 """
 
 import io
@@ -11,7 +12,6 @@ import statistics
 import sys
 from pathlib import Path
 
-import yaml
 from adaptlora.kernels.devices import DEVICES
 from matplotlib.figure import Figure
 from mkdocs.structure.files import File
@@ -19,6 +19,11 @@ from mkdocs.structure.files import File
 from adaptlora.plots import INK, MUTED, OURS, THEIRS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT / "bench"), str(ROOT / "tests")]
+
+import quality_report  # noqa: E402
+from layer_traffic import Layer  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 GPUS = {80: "A100", 90: "H100"}
 
@@ -200,22 +205,33 @@ def by_seed(name: str, columns: dict[str, tuple[str, int]], command: str) -> str
     return f"{markdown(['', 'seeds', *columns], rows)}\n\n`{command}`, `bench/results/{name}.json`. {where}."
 
 
+def quality(name: str) -> str:
+    """A table of bench/quality.py with its plot, from the summary that it keeps beside its runs."""
+    if f'"{name}":' not in (ROOT / "bench" / "quality_tables.py").read_text(encoding="utf-8"):
+        raise ValueError(f"results: bench/quality_tables.py has no table {name!r}")
+    content, command = (
+        read("quality") if (RESULTS / "quality.json").exists() else {},
+        f"`python bench/quality.py {name}`",
+    )
+    summary = content.get("tables", {}).get(name)
+    if summary is None:
+        return f"No runs yet: {command}."
+    of, versions = content["machine"], content["versions"]
+    where = f"{of['cpu']}, {of['threads']} thread(s), torch {versions['torch']}, PEFT {versions['peft']}"
+    return (
+        f"{quality_report.markdown(summary)}\n\n![{summary['title']}](figures/quality_{name}.svg)\n\n"
+        f"{command}, `bench/results/quality.json`. {where}."
+    )
+
+
 def recipes() -> str:
-    rows = []
-    for file in sorted((ROOT / "recipes").glob("*.yaml")):
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-        run, paper = recipe["run"], recipe["paper"]
-        data = str(run.get("data", "")).removeprefix("hub:")
-        rows.append([f"`{file.stem}`", run["method"], run["model"].removeprefix("hub:"), data, paper["where"]])
-    return markdown(["recipe", "method", "model", "data", "after"], rows).replace("---:", "---")
+    """recipes/README.md without its title."""
+    return (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").partition("\n")[2]
 
 
 TABLES = {
     "recipes": recipes,
-    "quality-trec": lambda: by_seed(
-        "quality_trec", {"accuracy": ("accuracy", 4), "parameters": ("parameters", 0)}, "python bench/quality_trec.py"
-    ),
-    "quality-norm": lambda: by_seed(
+    "norm": lambda: by_seed(
         "quality_norm",
         {"E2E perplexity": ("task", 2), "Wikipedia perplexity": ("wikipedia", 2), "parameters": ("parameters", 0)},
         "python bench/quality_norm.py",
@@ -259,11 +275,6 @@ def finish(axes, title: str, rate: str) -> None:
 
 def gpu_points() -> list[tuple[str, float, float, float]]:
     """(kernel and shape, useful FLOPs, least bytes, bytes that its programs ask for), of kernels with FLOPs."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from layer_traffic import Layer
-    finally:
-        sys.path.remove(str(ROOT / "tests"))
     points = []
     for case in read("kernel_traffic")["cases"]:
         flops = Layer(case["M"], case["K"], case["N"], case["R"], case["dropout"]).flops()
@@ -388,6 +399,10 @@ FIGURES = {"roofline_gpu": gpu_roofline, "roofline_cpu": cpu_roofline}
 
 
 def on_files(files, config):
+    if (RESULTS / "quality.json").exists():
+        for name, summary in read("quality").get("tables", {}).items():
+            figure = svg(quality_report.figure(summary))
+            files.append(File.generated(config, f"figures/quality_{name}.svg", content=figure))
     for name, draw in FIGURES.items():
         if draw is not cpu_roofline or cpu_points()[0]:
             files.append(File.generated(config, f"figures/{name}.svg", content=draw()))
@@ -396,6 +411,8 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     def result(match: re.Match) -> str:
+        if match[1].startswith("quality-"):
+            return quality(match[1].removeprefix("quality-"))
         if match[1] not in TABLES:
             raise ValueError(f"{page.file.src_uri}: results must be one of {', '.join(TABLES)}, got {match[1]!r}")
         return TABLES[match[1]]()

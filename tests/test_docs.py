@@ -387,6 +387,47 @@ def test_what_runs_elsewhere_is_there():
         assert Path(page).name in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
+def test_tables_and_plots_of_results():
+    """What the pages hold, from the committed results: as many rows and points as there are, their numbers as they are there."""
+    with patch.object(sys, "path", [str(ROOT / "docs"), *sys.path]):
+        import results
+
+    assert {match for page in PAGES for match in re.findall(r"<!-- results: ([\w-]+) -->", (ROOT / page).read_text())} >= {
+        "step", "memory", "traffic", "layer-traffic", "compiled", "cpu-roofline", "gpu-roofline", "recipes",
+    }  # fmt: skip
+    step = results.read("bench_step")
+    table = results.TABLES["step"]()
+    for case in step["cases"]:
+        for provider, row in case["providers"].items():
+            assert re.search(rf"\| {re.escape(provider)} \| {row['median_ms']:.2f} \| {row['ratio']:.2f} \|", table)
+    kernel = next(k for k in results.read("kernel_traffic")["cases"][0]["kernels"] if k["kernel"] == "lora_da_kernel")
+    assert f"| {kernel['requested / ideal']:.3f} |" in results.TABLES["traffic"]()
+    checked = results.read("gpu_check")["rows"]
+    assert f"{len(checked):,} compilations" in results.TABLES["compiled"]()
+    with pytest.raises(ValueError, match="has no table 'nothing'"):
+        results.quality("nothing")
+    # A kernel's place: its useful FLOPs over the bytes, and never above the roof.
+    label, flops, least, asked = next(point for point in results.gpu_points() if point[0].startswith("lora_shrink"))
+    assert label == "lora_shrink, M 2048, K 1024, N 1024, R 8" and flops == 2 * 2048 * 1024 * 8 and least <= asked
+    assert results.gpu_roofline().lstrip().startswith("<?xml")
+
+
+def test_cpu_roofline_of_a_result_with_limits(tmp_path, monkeypatch):
+    with patch.object(sys, "path", [str(ROOT / "docs"), *sys.path]):
+        import results
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    limits = {"threads": 2, "gb_per_s_by_mib": {"1": 80.0, "512": 20.0}, "gflop_per_s": {"float32": 100.0}}
+    counted = {"flops": 3e9, "bytes": 1e9, "gflop_per_s": 40.0}
+    cases = [{"providers": {"adaptlora": counted, "PEFT": counted | {"gflop_per_s": 20.0}, "frozen": {"ratio": 1.0}}}]
+    (tmp_path / "bench_old.json").write_text(json.dumps({"environment": {}, "cases": cases}))
+    assert results.cpu_points() == ({}, []) and "did not measure" in results.cpu_figure()
+    (tmp_path / "bench_layer.json").write_text(json.dumps({"environment": {"limits": limits}, "cases": cases}))
+    found, points = results.cpu_points()
+    assert found == limits and points == [("layer", "adaptlora", 3.0, 40.0), ("layer", "PEFT", 3.0, 20.0)]
+    assert "figures/roofline_cpu.svg" in results.cpu_figure() and "<svg" in results.cpu_roofline()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_prose_names_is_there(page):
     """Commands between backticks, and links to files; mkdocs looks at those from page to page itself."""
