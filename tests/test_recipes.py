@@ -218,6 +218,35 @@ def test_dry_run_and_list_from_the_shell(tmp_path, monkeypatch):
         assert message in " ".join(invoke("finetune", *arguments, code=2).stderr.split())
 
 
+def test_a_recipe_runs_as_it_is_on_a_model_and_data_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_task(tmp_path, MRPC)
+    changes = (
+        "model=model",
+        "data=data",
+        "steps=8",
+        "warmup=2",
+        "batch_size=4",
+        "micro_batch=2",
+        "options={}",
+        "max_length=64",
+    )
+    result = invoke(
+        "finetune", "--recipe", MRPC, *(part for change in changes for part in ("--set", change)), "-o", "out"
+    )
+    text = " ".join(result.output.split())
+    for part in (
+        "f1 ↑",
+        "at the clip (step 3)",
+        "counts its epochs over 3,668 rows; these data had 12",
+        "✓ stock PEFT",
+    ):
+        assert part in text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["spec"]["columns"] == {"pair": "sentence2"} and sum(report["ranks"].values()) == 2 * 12
+    assert set(report["scores"]["ours"]["end"]) == {"accuracy", "f1"}
+
+
 # Data
 
 

@@ -259,6 +259,11 @@ def finetune(
         with progress(console) as watch, quiet():
             report = run(spec, out=out, watch=watch)
         report.print(console)
+        if recipe is not None and report.data["train"] != found.data["train"]:
+            console.print(
+                f"The recipe counts its epochs over {found.data['train']:,} rows; these data had {report.data['train']:,}.",
+                highlight=False,
+            )
 
 
 def _recipe(name: str, given: dict, changes: list[str]):

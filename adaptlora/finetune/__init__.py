@@ -1,10 +1,14 @@
-"""Fine-tuning runs: presets, the user's own models and data, and their reports.
+"""Fine-tuning runs: presets, recipes, the user's own models and data, and their reports.
 
     from adaptlora.finetune import PRESETS, run
     report = run(PRESETS["trec"], out="runs/trec")
     report.scores["ours"]["end"]["accuracy"]
 
-`adaptlora finetune` is this on the shell; the loop alone is adaptlora.finetune.train.
+    from adaptlora.finetune import recipes
+    recipe = recipes.read(recipes.find("glue-mrpc-deberta-v3-base"))
+    report = run(recipe.spec, out="runs/mrpc")
+
+`adaptlora finetune` is this on the shell; the loop alone is adaptlora.finetune.train. A task is a class in adaptlora.finetune.tasks.
 """
 
 from .presets import PRESETS, FinetuneSpec, preset

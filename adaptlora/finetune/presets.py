@@ -7,7 +7,7 @@ from pathlib import Path
 from .registry import TASKS
 
 HUB = "hub:"  # begins the name of a model or data set of the Hugging Face hub
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # float16 would need its losses scaled
 # method → fields of FinetuneSpec that go into its configuration as they are, beside those that all have
 METHODS = {
     "normal": (),
