@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adaptlora.ops.flops  # noqa: F401  (the counter then knows the adapted layers)
 from adaptlora.benchmarks import comparison, layer, memory, models, rank_change, roofline, step, timing, work
-from adaptlora.benchmarks.accuracy import WrongResultError
+from adaptlora.benchmarks.accuracy import WrongResultError, assert_accurate
 from adaptlora.benchmarks.case import Case, Options
 from adaptlora.benchmarks.harness import Interleaved, Report
 from adaptlora.benchmarks.plots import draw
@@ -90,6 +90,23 @@ def test_a_provider_with_a_wrong_result_is_refused():
     point = layer.Point(8, 16, 16, 2, 0.0, torch.float32)
     with pytest.raises(WrongResultError, match="a case: not right: y: error"):
         layer.layer_case(point, CPU, name="a case", compiled=False, layers={"not right": wrong})
+
+
+def test_the_floor_grows_with_the_root_of_long_sums_in_full_precision_alone():
+    exact = torch.full((4,), 1.0, dtype=torch.float64)
+    for dtype, wrong, terms, right in (
+        (torch.float32, 2**-19, 512, False),  # twice the floor
+        (torch.float32, 2**-19, 4 * 512, True),
+        (torch.float32, 2**-18, 4 * 512, False),
+        (torch.bfloat16, 2**-7, 64 * 512, False),
+    ):
+        out = (exact + wrong).to(dtype)
+        try:
+            assert_accurate("y", out, exact, exact.to(dtype), terms=terms)
+        except WrongResultError:
+            assert not right
+        else:
+            assert right
 
 
 def test_a_step_that_trains_otherwise_and_a_change_that_keeps_others_are_refused(monkeypatch):

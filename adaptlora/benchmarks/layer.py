@@ -57,6 +57,11 @@ class Point:
     def frozen(self) -> Work:
         return work.layer(self.M, self.K, self.N, 0, self.dtype)
 
+    @property
+    def terms(self) -> int:
+        """Of the longest sum: over M for dA and dB, over K for y, over N for dx."""
+        return max(self.M, self.K, self.N)
+
     def facts(self) -> dict[str, object]:
         return {
             "M": self.M, "K": self.K, "N": self.N, "R": self.R, "dropout": self.p, "dtype": str(self.dtype),
@@ -148,7 +153,7 @@ def exact(base, x, lora_A, lora_B, dy) -> tuple[dict, dict]:
     return outs[0], outs[1]
 
 
-def assert_mask_right(layer: LoraLinear, x) -> None:
+def assert_mask_right(layer: LoraLinear, x, terms: int) -> None:
     """While training our layer is its definition with the mask that torch's generator gives."""
     torch.manual_seed(7)
     y = layer(x)
@@ -161,7 +166,7 @@ def assert_mask_right(layer: LoraLinear, x) -> None:
         )
         for d in (torch.float64, x.dtype)
     )
-    assert_accurate("y", y, exact, eager)
+    assert_accurate("y", y, exact, eager, terms=terms)
 
 
 def _normal(*shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -205,7 +210,7 @@ def layer_case(
     def check(title: str) -> None:
         layer = made[title].eval()
         try:
-            assert_all_accurate(results(layer, x, dy), truth, eager, precision=point.dtype)
+            assert_all_accurate(results(layer, x, dy), truth, eager, precision=point.dtype, terms=point.terms)
         except AssertionError as error:
             raise type(error)(f"{name}: {title}: {error}") from error
         step(layer.train(), x, dy)
@@ -213,7 +218,7 @@ def layer_case(
     providers, unavailable = usable(
         {title: lambda layer=each: step(layer, x, dy) for title, each in made.items()}, check
     )
-    assert_mask_right(made[OURS], x)
+    assert_mask_right(made[OURS], x, point.terms)
     counted = {FROZEN: point.frozen, **dict.fromkeys(providers, point.adapted)}
     return Case(
         name, {FROZEN: lambda: step(base, x, dy), **providers}, FROZEN, rounds_for(point), unavailable=unavailable,
@@ -264,7 +269,7 @@ def group_case(point: Point, device: torch.device, *, siblings: int = 3) -> Case
         if title != floor:
             factors = {name: p.grad for name, p in group.named_parameters() if "lora_" in name}
             for i, triple in enumerate(zip([x.grad, *factors.values()], truth, eager, strict=True)):
-                assert_accurate(f"{title}: gradient {i}", *triple, precision=point.dtype)
+                assert_accurate(f"{title}: gradient {i}", *triple, precision=point.dtype, terms=point.terms)
         group.train()
     counted = [work.layer(point.M, point.K, point.N, r, point.dtype, siblings=siblings) for r in (0, point.R)]
     return Case(
