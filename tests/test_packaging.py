@@ -113,6 +113,7 @@ def test_sdist_to_wheel_with_the_extension(checkout, environment, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("adaptlora/_C.") for name in names) and "adaptlora/kernels/lora_linear.py" in names
+    assert {f"adaptlora/inspection/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     recipes = {f"adaptlora/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert recipes and recipes <= set(names)
     assert {name.split("/")[0] for name in names} == {"adaptlora", names[-1].split("/")[0]}

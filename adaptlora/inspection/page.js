@@ -143,7 +143,8 @@
       }));
     }
     return el("section", { "aria-labelledby": "ranks" }, el("h2", { id: "ranks" }, "Ranks: layer × module"),
-      el("p", { class: "note" }, "Arrow keys go from cell to cell; Enter, or a click, chooses the module whose spectra are drawn below."), ...maps);
+      el("p", { class: "note" }, "Arrow keys go from cell to cell; Enter, or a click, chooses the module whose spectra are drawn below."),
+      el("div", { class: "maps" }, ...maps));
   }
 
   // Charts
@@ -315,7 +316,7 @@
   // The table
 
   const pair = (name, label, value, text, about) => labels.map((of, side) => ({
-    key: two ? `${name}${side + 1}` : name, label: two ? `${label} ${of}` : label, value: (module) => value(module)[side], text, about,
+    key: two ? `${name}${side + 1}` : name, label, of: two ? of : null, value: (module) => value(module)[side], text, about,
   }));
   const columns = [
     { key: "module", label: "module", value: (module) => module.short, text: String, about: data.prefix ? `below ${data.prefix}` : "" },
@@ -328,8 +329,8 @@
       ? [
         { key: "cosine", label: "cosine", value: (module) => module.both?.cosine ?? null, text: short, about: "⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖)" },
         { key: "distance", label: "distance", value: (module) => module.both?.distance ?? null, text: short, about: "‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖" },
-        { key: "out", label: "overlap, columns", value: (module) => module.both?.out ?? null, text: percent, about: "Σ cos² of the principal angles between the column spaces of ΔW, over the smaller rank" },
-        { key: "in", label: "overlap, rows", value: (module) => module.both?.in ?? null, text: percent, about: "the same for the row spaces" },
+        { key: "out", label: "overlap", of: "columns", value: (module) => module.both?.out ?? null, text: percent, about: "Σ cos² of the principal angles between the column spaces of ΔW, over the smaller rank" },
+        { key: "in", label: "overlap", of: "rows", value: (module) => module.both?.in ?? null, text: percent, about: "the same for the row spaces" },
       ]
       : [
         { key: "largest", label: "σ₁", value: (module) => module.values[0][0] ?? 0, text: short, about: "largest singular value of ΔW" },
@@ -339,7 +340,8 @@
   ];
   const body = el("tbody");
   const heads = columns.map((column) => el("th", { scope: "col", "aria-sort": "none" },
-    el("button", { type: "button", title: column.about || null, onclick: () => sortBy(column.key, state.sort === column.key ? !state.descending : column.key !== "module") }, column.label)));
+    el("button", { type: "button", title: column.about || null, onclick: () => sortBy(column.key, state.sort === column.key ? !state.descending : column.key !== "module") },
+      el("span", { class: "what" }, column.label), column.of && el("span", { class: "of" }, ` ${column.of}`))));
   const counted = el("caption", { "aria-live": "polite" });
   const rows = modules.map((module, index) => el("tr", { "data-module": index },
     ...columns.map((column, i) => (i === 0
@@ -376,7 +378,7 @@
     const filter = el("input", { type: "search", id: "filter", oninput: () => { state.filter = filter.value; fillTable(); } });
     const made = el("table", { class: "modules" }, counted, el("thead", {}, el("tr", {}, ...heads)), body);
     const about = columns.filter((column, i) => column.about && columns.findIndex((other) => other.about === column.about) === i);
-    const words = about.flatMap((column) => [el("dt", {}, two ? column.key.replace(/[12]$/, "") : column.label), el("dd", {}, column.about)]);
+    const words = about.flatMap((column) => [el("dt", {}, column.of && !labels.includes(column.of) ? `${column.label} ${column.of}` : column.label), el("dd", {}, column.about)]);
     return el("section", { "aria-labelledby": "table" }, el("h2", { id: "table" }, "Modules"),
       el("div", { class: "controls" }, el("label", {}, "Filter by name", filter)),
       el("div", { class: "scroll" }, made), el("details", {}, el("summary", {}, "What the columns are"), el("dl", {}, ...words)));

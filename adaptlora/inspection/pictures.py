@@ -132,6 +132,9 @@ def spectrum_panels(
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     whole = need("matplotlib", "a picture").colormaps["viridis"]
     colours = colors.ListedColormap([whole(i / 290) for i in range(256)])  # without its end, pale on white
+    every = [values for side in sides.values() for values in side.values()]
+    longest = max(map(len, every))
+    logarithmic = logarithmic and any(value > 0 for values in every for value in values)
     for place, (axes, kind, panel) in enumerate(zip(grid.flat, kinds, panels, strict=False)):
         for depth, name in enumerate(panel):
             colour = colours(depth / max(1, len(panel) - 1))
@@ -153,6 +156,7 @@ def spectrum_panels(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.tick_params(labelsize=8)
+        axes.set_xlim(0.6, longest + 0.4)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
         axes.xaxis.set_tick_params(labelbottom=place + columns >= len(kinds))
     if logarithmic:
