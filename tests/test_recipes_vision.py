@@ -91,6 +91,14 @@ def test_dry_run(name):
     assert round(found.real.base_parameters / 1e6, 1) == size
 
 
+@pytest.mark.parametrize("method", ["lora", "lalora", "nora"])
+def test_another_method_leaves_the_options_of_the_recipes_own(method):
+    recipe = recipes.read(recipes.find("cifar10-vit-base"), {"method": method})
+    assert recipe.spec.method == method and recipe.spec.options == {}
+    kept = recipes.read(recipe.path, {"method": method, "options": {"use_rslora": True}})
+    assert kept.spec.options == {"use_rslora": True}
+
+
 # Average precision
 
 

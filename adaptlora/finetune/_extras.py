@@ -3,7 +3,14 @@
 import importlib
 from types import ModuleType
 
-_RECIPES = ("datasets", "diffusers", "rouge_score", "yaml")  # packages of the extra `recipes`, which are not of `demo`
+_RECIPES = (
+    "PIL",
+    "datasets",
+    "diffusers",
+    "rouge_score",
+    "scipy",
+    "yaml",
+)  # packages of the extra `recipes`, which are not of `demo`
 
 
 class MissingExtraError(ImportError):

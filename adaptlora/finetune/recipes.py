@@ -190,6 +190,8 @@ def _spec(run: Mapping, train: int, changes: Mapping, file: _File) -> FinetuneSp
     hints = get_type_hints(FinetuneSpec) | {"epochs": float}
     if "steps" in changes:
         run = _without(run, "epochs")
+    if "method" in changes and changes["method"] != run.get("method"):
+        run = _without(run, "options")  # they are fields of the recipe's own method
     run = {**run, **changes}
     for name, value in run.items():
         if name not in hints:
