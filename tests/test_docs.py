@@ -381,6 +381,11 @@ def test_every_block_runs(page, stand_ins):
             dist.destroy_process_group()
 
 
+def test_a_method_and_an_op_take_fifty_lines():
+    method, _, op, test = (len(block.text.splitlines()) for block in PAGES["docs/extending.md"])
+    assert method <= 50 and op + test <= 50
+
+
 def test_what_runs_elsewhere_is_there():
     for (page, start), file in ELSEWHERE.items():
         assert any(block.text.startswith(start) for block in PAGES[page]), f"{page} has no block {start!r}"
