@@ -54,7 +54,7 @@ def picture(rows, row: int):
         if image is None:
             raise OSError("there is none")
         return image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's ways to say that a file is damaged
         raise ValueError(f"finetune: every image must be one that PIL reads, got row {row}: {error}") from error
 
 
