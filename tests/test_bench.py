@@ -389,7 +389,7 @@ def test_a_case_that_cannot_run_is_listed_with_its_reason(monkeypatch):
     point = layer.Point(8, 16, 16, 2, 0.0, torch.bfloat16)
     found = layer.sweep_case(point, ["dtype"], Options(CPU, quick=True))
     report = Report()
-    report.skip("layer", found.name, found.reason)
+    report.skip("layer", found.case, found.reason)
     assert report.content()["not_run"][0]["reason"] == "no bf16 instructions"
     assert "no bf16 instructions" in report.render(120)
 

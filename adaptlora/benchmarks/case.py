@@ -28,7 +28,7 @@ class Options:
 class NotRun:
     """A case that this machine cannot run, and why."""
 
-    name: str
+    case: str
     reason: str
 
 

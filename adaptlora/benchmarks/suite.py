@@ -7,7 +7,8 @@ import torch
 
 from . import layer, memory, penalty, rank_change, roofline, step, svd
 from .case import NotRun, Options
-from .harness import Report
+from .harness import Comparison, Report
+from .roofline import Limits
 from .timing import timer_for
 
 CASES = {
@@ -33,11 +34,11 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(scenarios, options: Options, watch: Callable[[str, str], None] = lambda scenario, case: None) -> Report:
+def run(scenarios, options: Options, watch: Callable[[str, Comparison | NotRun], None] = lambda *_: None) -> Report:
     """
     Measures the machine's limits and then every case of the scenarios, each checked before it is timed.
 
-    Args: watch: is told of each case when it has been timed, of the limits as ("limits", "").
+    Args: watch: is given the scenario and what was found, case by case.
     Raises: ValueError (a scenario that there is not, rounds < 1), MissingExtraError, WrongResultError.
     """
     unknown = [scenario for scenario in scenarios if scenario not in SCENARIOS]
@@ -47,21 +48,19 @@ def run(scenarios, options: Options, watch: Callable[[str, str], None] = lambda 
         raise ValueError(f"bench: rounds must be an integer > 0, got {options.rounds}")
     report = Report()
     report.environment["device"] = options.device.type
-    timed = [scenario for scenario in scenarios if scenario in CASES]
+    timed = any(scenario in CASES for scenario in scenarios)
     limits = roofline.measure(timer_for(options.device), quick=options.quick) if timed else None
-    watch("limits", "")
     for scenario in scenarios:
-        if scenario == "memory":
-            for comparison in memory.comparisons(options):
-                report.add(scenario, comparison)
-                watch(scenario, comparison.case)
-            continue
-        torch.manual_seed(0)
-        for case in CASES[scenario](options):
-            if isinstance(case, NotRun):
-                report.skip(scenario, case.name, case.reason)
+        for found in memory.comparisons(options) if scenario == "memory" else _timed(CASES[scenario], options, limits):
+            if isinstance(found, NotRun):
+                report.skip(scenario, found.case, found.reason)
             else:
-                report.add(scenario, case.measure(options, limits))
-            watch(scenario, case.name)
-            torch._dynamo.reset()
+                report.add(scenario, found)
+            watch(scenario, found)
     return report
+
+
+def _timed(cases, options: Options, limits: Limits) -> Iterator[Comparison | NotRun]:
+    for case in cases(options):
+        yield case if isinstance(case, NotRun) else case.measure(options, limits)
+        torch._dynamo.reset()  # what one case has compiled is no burden on the next

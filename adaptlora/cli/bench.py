@@ -29,7 +29,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             help="layer, penalty, rank-change, svd, step, memory; without any of them: all.",
-            metavar="[SCENARIO]...",
+            metavar="SCENARIO",
             show_default=False,
         ),
     ] = None,
@@ -69,13 +69,15 @@ def bench(
     """Measure adaptlora beside PEFT and the frozen model, on this machine.
 
     Every provider of a case is first seen to compute the same, then all are
-    called in turn. Reported are medians and quartiles, the ratio to a floor that
-    no adapter can beat, and the share of what this machine's memory and
-    arithmetic, measured in the same run, would allow. Models have random weights:
-    nothing is fetched. Alone on the machine, all scenarios take about half an
-    hour of two cores. PEFT and transformers must be installed.
+    called in turn. Reported are medians and quartiles, the ratio to a floor (of a
+    layer and a step: the frozen model's), and the share of what this machine's
+    memory and arithmetic, measured in the same run, would allow. Models have
+    random weights: nothing is fetched. PEFT and transformers must be installed.
+    All scenarios take a good part of an hour; what else runs on the machine
+    blurs them.
     """
     console = Console()
+    tables = Console(width=max(console.width, MIN_WIDTH))
     regressed = False
     with one_clear_line():
         _check(scenarios, json, compare, new, plot)
@@ -86,7 +88,10 @@ def bench(
         if new is not None:
             content, where = _stored(new), new
         else:
-            content, where = _measured(console, scenarios, quick, rounds, threads, device), json or Path("this run")
+            content, where = (
+                _measured(console, tables, scenarios, quick, rounds, threads, device),
+                json or Path("this run"),
+            )
         if json is not None:
             from ..benchmarks.harness import write_json
 
@@ -101,7 +106,7 @@ def bench(
             found = comparison.compare(old, comparison.parse(content, where))
             regressed = bool(found.regressed)
             if found.rows:
-                console.print(found.table())
+                tables.print(found.table())
             for note in found.notes():
                 console.print(note, highlight=False, markup=False, soft_wrap=True)
             console.print(
@@ -138,19 +143,22 @@ def _stored(path: Path) -> dict:
     return content
 
 
-def _measured(console: Console, scenarios, quick, rounds, threads, device) -> dict:
+def _measured(console: Console, tables: Console, scenarios, quick, rounds, threads, device) -> dict:
     from ..benchmarks import suite
-    from ..benchmarks.case import Options
+    from ..benchmarks.case import NotRun, Options
     from ..benchmarks.timing import choose_device
 
     options = Options(choose_device(device), quick, rounds)
-    with suite.torch_threads(threads), console.status("measuring the limits of this machine") as status:
+    with suite.torch_threads(threads), tables.status("measuring") as status:
 
-        def watch(scenario: str, case: str) -> None:
-            status.update(f"{scenario}: {escape(case)} done" if case else "first case")
+        def watch(scenario: str, found) -> None:
+            if isinstance(found, NotRun):
+                tables.print(f"not run: {found.case}: {found.reason}", highlight=False, markup=False)
+            else:
+                tables.print(found.table())
+            status.update(f"measuring; of {scenario} last: {escape(found.case)}")
 
         report = suite.run(scenarios or suite.SCENARIOS, options, watch)
-    console.print(report.render(max(console.width, MIN_WIDTH)), highlight=False, markup=False, soft_wrap=True)
     content = report.content()
     limits = content["environment"].get("limits")
     if limits:
