@@ -64,8 +64,8 @@ SECONDS = {"step": 7.0, "penalty": 2.0, "rank change": 2.0}  # a point's time fo
 WARMUP, FEWEST, MOST = 2, 5, 61  # rounds
 
 
-class ForeignResults(ValueError):
-    """The results file is another benchmark's, another machine's, or of other settings."""
+class UnusableResults(ValueError):
+    """The results file is not there, not complete, another benchmark's, another machine's, or of other settings."""
 
 
 # Results on disk
@@ -82,15 +82,17 @@ def comparable(found: dict) -> dict:
 
 
 def read(path: Path) -> dict:
-    """Raises: ForeignResults (no JSON, or another benchmark's), FileNotFoundError."""
+    """Raises: UnusableResults (no file, no JSON, or another benchmark's)."""
+    if not path.is_file():
+        raise UnusableResults(f"cost_growth: {path} must be there: run without --table first")
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ForeignResults(f"cost_growth: {path} must be JSON that cost_growth wrote, got {error}") from error
+        raise UnusableResults(f"cost_growth: {path} must be JSON that cost_growth wrote, got {error}") from error
     if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
         found = content.get("benchmark") if isinstance(content, dict) else type(content).__name__
-        raise ForeignResults(f"cost_growth: {path} must be results with benchmark {BENCHMARK!r}, got {found!r}")
+        raise UnusableResults(f"cost_growth: {path} must be results with benchmark {BENCHMARK!r}, got {found!r}")
     return content
 
 
@@ -98,7 +100,7 @@ def resumed(path: Path, quick: bool) -> dict:
     """
     The results so far, or new ones without points.
 
-    Raises: ForeignResults: not ours, or measured with other settings, on another machine or with other versions.
+    Raises: UnusableResults: not ours, or measured with other settings, on another machine or with other versions.
     """
     mine = {"benchmark": BENCHMARK, "environment": environment(), "settings": settings(quick), "points": []}
     if not path.exists():
@@ -109,7 +111,7 @@ def resumed(path: Path, quick: bool) -> dict:
         *((key, here, comparable(found["environment"])[key]) for key, here in comparable(mine["environment"]).items()),
     ):
         if here != there:
-            raise ForeignResults(
+            raise UnusableResults(
                 f"cost_growth: {path} must have been measured with this {part}, {here}, got {there}: give --fresh to replace it"
             )
     return found
@@ -153,7 +155,7 @@ def measured(point: Point, quick: bool) -> dict:
 
 
 def measure(path: Path, quick: bool, say=print) -> dict:
-    """All points that `path` lacks, each stored as it is there.  Raises: ForeignResults."""
+    """All points that `path` lacks, each stored as it is there.  Raises: UnusableResults."""
     content = resumed(path, quick)
     present = [Point(**row["point"]) for row in content["points"]]
     wanted = points(quick)
@@ -307,20 +309,19 @@ def main() -> int:
     )
     options = parser.parse_args()
     path = options.results or (QUICK_RESULTS if options.quick else RESULTS)
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     try:
         if options.table:
             content = read(path)
             if "fits" not in content:
-                console.print(f"cost_growth: {path} must be complete: run without --table, which goes on")
-                return 1
+                raise UnusableResults(f"cost_growth: {path} must be complete: run without --table, which goes on")
             show(content)
             return 0
         if options.fresh:
             path.unlink(missing_ok=True)
         gc.freeze()  # the libraries' objects, which the collector would otherwise look through in every round
         content = complete(measure(path, options.quick, say=console.print))
-    except (ForeignResults, FileNotFoundError) as error:
+    except UnusableResults as error:
         console.print(str(error))
         return 2
     write(path, content)

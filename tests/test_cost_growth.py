@@ -159,9 +159,12 @@ def test_foreign_results_are_refused_and_stay(results, monkeypatch, capsys):
         assert cost_growth.main() == 2 and results.read_text() == text
         return " ".join(capsys.readouterr().err.split())
 
+    monkeypatch.setattr(sys, "argv", ["cost_growth.py", "--table", "--results", str(results)])
+    assert cost_growth.main() == 2 and "must be there: run without --table" in " ".join(capsys.readouterr().err.split())
     assert "must be JSON that cost_growth wrote" in refused("# notes")
     assert "must be results with benchmark 'cost_growth', got None" in refused('{"points": []}', "--table")
     assert "got 'list'" in refused("[]")
+    assert "must be complete" in refused('{"benchmark": "cost_growth", "points": []}', "--table")
     here = cost_growth.resumed(results.with_name("new.json"), quick=True)
     assert "must have been measured with this settings" in refused(json.dumps(here | {"settings": {"base": {}}}))
     other = here | {"environment": here["environment"] | {"machine": {"cpu": "abacus"}}}
