@@ -1,5 +1,6 @@
 """`pytest bench --benchmark-only`: options, the `compare` fixture that every benchmark calls, and the report at the end."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def compare(measure):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Every benchmark starts from the same random numbers and with nothing compiled."""
+    """Every benchmark starts from the same random numbers, with nothing compiled and without what the last one held."""
+    gc.collect()
     torch.manual_seed(0)
     torch._dynamo.reset()
 

@@ -36,7 +36,6 @@ class Interleaved:
         self.timer = timer_for(default_device()) if timer is None else timer
         self.providers = [(name, run, self.timer.ready(name, run)) for name, run in providers.items()]
         self.samples: dict[str, list[float]] = {name: [] for name in providers}
-        gc.collect()
 
     def __call__(self) -> None:
         first, *rest = self.providers

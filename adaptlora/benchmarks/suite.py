@@ -1,5 +1,6 @@
 """All scenarios: what `adaptlora bench` runs, and the result it writes."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -63,4 +64,6 @@ def run(scenarios, options: Options, watch: Callable[[str, Comparison | NotRun],
 def _timed(cases, options: Options, limits: Limits) -> Iterator[Comparison | NotRun]:
     for case in cases(options):
         yield case if isinstance(case, NotRun) else case.measure(options, limits)
-        torch._dynamo.reset()  # what one case has compiled is no burden on the next
+        torch._dynamo.reset()  # what one case has compiled and held is no burden on the next
+        if not options.quick:
+            gc.collect()
