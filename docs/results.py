@@ -38,12 +38,20 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, align, *rows])
 
 
+def ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def threads(of: dict) -> str:
+    return "1 thread" if of["threads"] == 1 else f"{of['threads']} threads"
+
+
 def machine(content: dict) -> str:
     """What a result was measured on."""
     environment = content["environment"]
     of, versions = environment["machine"], environment["versions"]
     return (
-        f"{of['cpu']}, {of['cores']} cores, {of['threads']} threads, {environment['isa']}; torch {versions['torch']}, PEFT "
+        f"{of['cpu']}, {of['cores']} cores, {threads(of)}, {environment['isa']}; torch {versions['torch']}, PEFT "
         f"{versions['peft']}; load before the run {environment['load_before']}."
     )
 
@@ -61,7 +69,7 @@ def comparison(name: str, script: str) -> str:
         for provider, found in sorted(case["providers"].items(), key=lambda item: item[1]["ratio"]):
             low, high = found["ratio_quartiles"]
             time = f"{found['median_ms']:.2f}" if "median_ms" in found else f"{found['median_MiB']:.0f} MiB"
-            rows.append([provider, time, f"{found['ratio']:.2f}", f"{low:.2f} – {high:.2f}"])
+            rows.append([provider, time, ratio(found["ratio"]), f"{ratio(low)} – {ratio(high)}"])
             if peaks:
                 rows[-1].append(peaks.get(provider, "–"))
         header = [
@@ -82,7 +90,7 @@ def ratios(name: str, script: str) -> str:
     rows = []
     for case in content["cases"]:
         found = case["providers"]
-        cells = [f"{found[name]['ratio']:.2f}" if name in found else "" for name in providers]
+        cells = [ratio(found[provider]["ratio"]) if provider in found else "" for provider in providers]
         rows.append([case["case"], f"{found[case['floor']]['median_ms']:.3f}", *cells])
     header = ["", "ms of the one with 1.00", *providers]
     return f"{markdown(header, rows)}\n\n`{script}`, `bench/results/{name}.json`. {machine(content)}"
@@ -201,7 +209,7 @@ def by_seed(name: str, columns: dict[str, tuple[str, int]], command: str) -> str
             row.append(f"{statistics.mean(values):,.{digits}f}{spread}" if values else "–")
         rows.append(row)
     of, versions = content["machine"], content["versions"]
-    where = f"{of['cpu']}, {of['threads']} thread(s), torch {versions['torch']}"
+    where = f"{of['cpu']}, {threads(of)}, torch {versions['torch']}"
     return f"{markdown(['', 'seeds', *columns], rows)}\n\n`{command}`, `bench/results/{name}.json`. {where}."
 
 
@@ -217,7 +225,7 @@ def quality(name: str) -> str:
     if summary is None:
         return f"No runs yet: {command}."
     of, versions = content["machine"], content["versions"]
-    where = f"{of['cpu']}, {of['threads']} thread(s), torch {versions['torch']}, PEFT {versions['peft']}"
+    where = f"{of['cpu']}, {threads(of)}, torch {versions['torch']}, PEFT {versions['peft']}"
     return (
         f"{quality_report.markdown(summary)}\n\n![{summary['title']}](figures/quality_{name}.svg)\n\n"
         f"{command}, `bench/results/quality.json`. {where}."
