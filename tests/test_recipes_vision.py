@@ -66,13 +66,13 @@ def class_folder(root, classes=("cat", "hot_dog"), each=3):
     return root
 
 
-def box_folder(root, objects, split="train"):
-    """An image of 40 × 30 for each of `objects`, {"bbox": …, "category": …}."""
+def box_folder(root, objects, split="train", **more):
+    """An image of 40 × 30 for each of `objects`, {"bbox": …, "category": …}, and further columns."""
     (root / split).mkdir(parents=True)
     lines = []
     for i, found in enumerate(objects):
         picture(i).save(root / split / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "objects": found}))
+        lines.append(json.dumps({"file_name": f"{i}.png", "objects": found, **more}))
     (root / split / "metadata.jsonl").write_text("\n".join(lines))
     return root
 
@@ -500,6 +500,16 @@ def test_bad_boxes(folders, tmp_path, objects, told):
     with pytest.raises(ValueError, match=told):
         task = build(folders, "object-detection", data, eval_data=str(data), test_split="train")
         list(task.test_batches())
+
+
+def test_boxes_are_held_to_known_sizes_before_an_image_is_read(folders, tmp_path):
+    rows = [{"bbox": [[30, 5, 20, 10]], "category": ["a"]}] * 2
+    data = box_folder(tmp_path / "data", rows, w=50, h=30)
+    sizes = {"holdout": 1, "columns": {"width": "w", "height": "h"}}
+    assert len(build(folders, "object-detection", data, **sizes).train) == 1
+    data = box_folder(tmp_path / "small", rows, w=40, h=30)
+    with pytest.raises(ValueError, match="lie in its image of 40 × 30 pixels"):
+        build(folders, "object-detection", data, **sizes)
 
 
 def test_objects_of_other_names(folders, tmp_path):
