@@ -140,10 +140,10 @@ def _add(results: Results, case, where: str) -> None:
     providers = case.get("providers")
     if not isinstance(providers, dict) or case["floor"] not in providers:
         raise ValueError(f"bench: {where} must have providers, {case['floor']!r} among them")
-    identity = [
-        f"{name} {case[name]}" for name in _IDENTITY if name in case and f"{name} {case[name]}" not in case["case"]
-    ]
-    name = ", ".join([case["case"], *identity])
+    facts = {key: f"{key} {case[key]}" for key in _IDENTITY if key in case}
+    if "dtype" in facts:
+        facts["dtype"] = str(case["dtype"]).removeprefix("torch.")
+    name = ", ".join([case["case"], *(fact for fact in facts.values() if fact not in case["case"])])
     if name in results.floors:
         raise ValueError(f"bench: {where} must be named otherwise than the cases before it, got {name!r}")
     floor = results.floors[name] = case["floor"]
