@@ -273,6 +273,17 @@ def test_a_folder_and_files_come_in_as_the_hub_would_give_them(tmp_path):
     assert sorted([*from_file.train["pair"], *from_file.test["pair"]]) == sorted(row["b"] for row in rows)
 
 
+def test_files_of_ones_own_have_the_columns_that_the_task_reads(tmp_path):
+    path, rows = tmp_path / "t.jsonl", [{"text": f"a {i}", "label": i / 2, "context": "c"} for i in range(6)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    spec = FinetuneSpec(model="unused", data=str(path), holdout=1, data_dir=str(tmp_path))
+    for task in ("seq2seq", "regression"):
+        loaded = data.load(replace(spec, task=task))
+        assert {"text": "a 3", "label": "1.5"} in [*loaded.train, *loaded.test]
+    with pytest.raises(ValueError, match=r"columns\['question'\] must be one of the columns of .*, got 'question'"):
+        data.load(replace(spec, task="question-answering"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

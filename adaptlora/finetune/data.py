@@ -77,14 +77,12 @@ def e2e(path: str | Path) -> list[Pair]:
 
 
 def read_pairs(path: str | Path, spec: FinetuneSpec) -> list[Pair]:
-    """The two columns of a file that the spec names, as strings; a prompt is "" where causal-lm has no label_column.
+    """The two columns of a file that the spec names, as strings; the first is "" where a task can do without a label and has none.
 
     Raises: ValueError (kind of file, no rows, columns that are not there, empty cells).
     """
     rows = _read_rows(Path(path))
-    label_column = spec.label_column
-    if label_column is None and spec.task == "classification":
-        label_column = "label"
+    label_column = spec.label_column or task_class(spec.task).roles["label"]
     for argument, column in (("text_column", spec.text_column), ("label_column", label_column)):
         if column is not None and column not in rows[0][1]:
             raise ValueError(

@@ -169,7 +169,7 @@ class Task:
             revision = {"revision": self.spec.revision}
         try:
             return getattr(self.transformers, auto).from_pretrained(source, **revision, **arguments)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"finetune: model must load as {auto}, got {str(source)!r}: {reason}") from error
 

@@ -25,7 +25,8 @@ class TextTask(Task):
     @classmethod
     def read(cls, spec: FinetuneSpec) -> Dataset:
         """Pairs of a .csv or .jsonl file or a fetched source, checked line by line; anything else as every task."""
-        if spec.data.startswith("@") or (Path(spec.data).suffix in (".csv", ".jsonl") and not spec.columns):
+        plain = "text" in cls.roles and not spec.columns
+        if spec.data.startswith("@") or (plain and Path(spec.data).suffix in (".csv", ".jsonl")):
             return data.read(spec)
         return super().read(spec)
 
