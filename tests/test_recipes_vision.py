@@ -1,6 +1,7 @@
 """Tasks on images: real loading, processing, losses and scores on tiny models; COCO's average precision; what bad data are told."""
 
 import json
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -166,15 +167,15 @@ def test_average_precision_is_that_of_cocos_own_code(capsys):
     coco = pytest.importorskip("pycocotools.coco").COCO
     evaluation = pytest.importorskip("pycocotools.cocoeval").COCOeval
     for seed in range(20):
-        random = numpy.random.default_rng(seed)
+        draw = numpy.random.default_rng(seed)
         found, there, annotations, results = [], [], [], []
         for image in range(1, 6):
-            corner, size = random.integers(0, 60, (7, 2)), random.integers(5, 40, (7, 2))
+            corner, size = draw.integers(0, 60, (7, 2)), draw.integers(5, 40, (7, 2))
             own = numpy.concatenate([corner, corner + size], axis=1).astype(float)
-            labels, crowd = random.integers(0, 3, 7), random.random(7) < 0.15
-            near = numpy.repeat(own, 2, axis=0) + random.integers(-4, 5, (14, 4))
+            labels, crowd = draw.integers(0, 3, 7), draw.random(7) < 0.15
+            near = numpy.repeat(own, 2, axis=0) + draw.integers(-4, 5, (14, 4))
             near[:, 2:] = numpy.maximum(near[:, 2:], near[:, :2] + 1)
-            guesses = Detections(near, random.integers(0, 12, 14) / 12, numpy.repeat(labels, 2))  # many equal scores
+            guesses = Detections(near, draw.integers(0, 12, 14) / 12, numpy.repeat(labels, 2))  # many equal scores
             found.append(guesses)
             there.append(Truth(own, labels, crowd))
             for box, label, group in zip(own.tolist(), labels.tolist(), crowd.tolist(), strict=True):
@@ -536,10 +537,10 @@ def test_bad_options(task, options, told):
 
 
 def test_made_up_boxes_lie_in_their_images():
-    random = __import__("random").Random(0)
+    generator = random.Random(0)
     for format in ("xywh", "xyxy"):
         for _ in range(50):
-            made = synthetic_images.objects(random, {"classes": ["a", "b"], "size": [40, 30], "format": format}, {})
+            made = synthetic_images.objects(generator, {"classes": ["a", "b"], "size": [40, 30], "format": format}, {})
             for x, y, third, fourth in made["bbox"]:
                 right, bottom = (third, fourth) if format == "xyxy" else (x + third, y + fourth)
                 assert 0 <= x <= right <= 40.001 and 0 <= y <= bottom <= 30.001
