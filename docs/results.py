@@ -351,6 +351,7 @@ def cpu_points() -> tuple[dict, list[tuple[str, str, float, float]]]:
         points += [
             (file.stem.removeprefix("bench_"), provider, row["flops"] / row["bytes"], row["gflop_per_s"])
             for case in content["cases"]
+            if case.get("dtype", "torch.float32") == "torch.float32"
             for provider, row in case["providers"].items()
             if row.get("flops") and row.get("bytes")
         ]

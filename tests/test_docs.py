@@ -425,6 +425,7 @@ def test_cpu_roofline_of_a_result_with_limits(tmp_path, monkeypatch):
     limits = {"threads": 2, "gb_per_s_by_mib": {"1": 80.0, "512": 20.0}, "gflop_per_s": {"float32": 100.0}}
     counted = {"flops": 3e9, "bytes": 1e9, "gflop_per_s": 40.0}
     cases = [{"providers": {"adaptlora": counted, "PEFT": counted | {"gflop_per_s": 20.0}, "frozen": {"ratio": 1.0}}}]
+    cases.append({"dtype": "torch.bfloat16", "providers": {"adaptlora": counted}})  # under another roof
     (tmp_path / "bench_old.json").write_text(json.dumps({"environment": {}, "cases": cases}))
     assert results.cpu_points() == ({}, []) and "did not measure" in results.cpu_figure()
     (tmp_path / "bench_layer.json").write_text(json.dumps({"environment": {"limits": limits}, "cases": cases}))
