@@ -11,7 +11,7 @@ from .app import app
 from .console import one_clear_line
 
 REGRESSED = 1  # exit code
-MIN_WIDTH = 110  # of the tables of results: a cut number says nothing
+MIN_WIDTH = 140  # of the tables of results: a cut number says nothing
 
 
 @app.command(
