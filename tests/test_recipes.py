@@ -90,6 +90,8 @@ BAD = [
     ("a: [", "a recipe must be a YAML file"),
     ("- a", r"a recipe must be a mapping, got \['a'\]"),
     ("title: a\nrun: {r: 1,\n  r: 2}", "a key must be there once, got 'r' again in line 3"),
+    ("title: a\n? [b]\n: c", r"a key must be text or an integer, got \['b'\] in line 2"),
+    ("title: a\non: c", "a key must be text or an integer, got True in line 2"),
     (lambda c: c.pop("paper"), "paper must be given"),
     (lambda c: c.update(rum=1), "section rum must be one of title, paper, sources, run"),
     (lambda c: c.update(title=3), "title must be text, got 3"),

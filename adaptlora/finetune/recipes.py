@@ -151,6 +151,10 @@ class _File:
                 seen = set()
                 for key, _ in node.value:
                     name = self.construct_object(key, deep=True)
+                    if not isinstance(name, str | int) or isinstance(name, bool):
+                        raise file.error(
+                            f"a key must be text or an integer, got {name!r} in line {key.start_mark.line + 1}"
+                        )
                     if name in seen:
                         raise file.error(
                             f"a key must be there once, got {name!r} again in line {key.start_mark.line + 1}"

@@ -119,7 +119,7 @@ def _check(data: Dataset, spec: FinetuneSpec) -> None:
     named = sources.class_names(data.train, "label") is not None
     allowed = set(range(len(known))) if named else set(known)
     found = [(set(rows["label"]) if named else {str(row["label"]) for row in rows}) for rows in (data.train, data.test)]
-    where = (spec.eval_data and "eval_data") or spec.test_split or "the part of data that is held out"
+    where = "eval_data" if spec.eval_data else spec.test_split or "the part of data that is held out"
     for labels, part in zip(found, (spec.train_split, where), strict=True):
         if labels - allowed:
             new = ", ".join(map(repr, sorted(labels - allowed)[:5]))
