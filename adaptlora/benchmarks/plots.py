@@ -67,9 +67,9 @@ def _axes(width: float, height: float):
     return figure, axes
 
 
-def _colours(providers) -> dict[str, str]:
-    """The same provider has the same colour in every picture of a run: adaptlora's own, PEFT's, then the rest."""
-    fixed = {"adaptlora": OURS, "PEFT": THEIRS}
+def _colours(providers, floors=()) -> dict[str, str]:
+    """adaptlora's own layer and PEFT's are told by the same colours in every picture, as are floors where they are points like others."""
+    fixed = {"adaptlora": OURS, "PEFT": THEIRS, **dict.fromkeys(floors, INK)}
     rest = iter(COLOURS[1:] * (1 + len(providers)))
     return {provider: fixed.get(provider) or next(rest) for provider in providers}
 
@@ -78,7 +78,7 @@ def sweep(cases: list[Mapping], axis: str, path: Path, machine: str = "") -> Pat
     """
     Median times over one axis, log by log, with bands between the quartiles; the floor, and the roofline of an adapted layer, as lines.
 
-    A dtype or a dropout is a place on a linear axis.
+    Dropout and dtype are places at equal distances.
     """
     fact = _FACT[axis]
     cases = sorted(cases, key=lambda case: (isinstance(case[fact], str), case[fact]))
@@ -94,12 +94,14 @@ def sweep(cases: list[Mapping], axis: str, path: Path, machine: str = "") -> Pat
             if provider in case["providers"]
         ]
         xs, rows = zip(*points, strict=True)
-        axes.fill_between(
-            xs, *zip(*(row["quartiles_ms"] for row in rows), strict=True), color=colour, alpha=0.15, linewidth=0
-        )
+        quartiles = zip(*(row["quartiles_ms"] for row in rows), strict=True)
+        if axis == "dtype":  # between two dtypes is nothing
+            axes.vlines(xs, *quartiles, color=colour, linewidth=2, alpha=0.5)
+        else:
+            axes.fill_between(xs, *quartiles, color=colour, alpha=0.15, linewidth=0)
         style = {"color": colour, "linewidth": 2.2 if provider in (floor, "adaptlora") else 1.4, "markersize": 4}
-        line = "--" if provider == floor else "-"
-        axes.plot(xs, [row["median_ms"] for row in rows], line, marker="o", label=_floor(provider, floor), **style)
+        style["linestyle"] = "none" if axis == "dtype" else "--" if provider == floor else "-"
+        axes.plot(xs, [row["median_ms"] for row in rows], marker="o", label=_floor(provider, floor), **style)
     limits = [(x, _limit(case)) for x, case in zip(places, cases, strict=True) if _limit(case) is not None]
     if limits:
         axes.plot(*zip(*limits, strict=True), ":", color=MUTED, linewidth=1.6, label="roofline, adapted layer")
@@ -107,7 +109,7 @@ def sweep(cases: list[Mapping], axis: str, path: Path, machine: str = "") -> Pat
     if numbers:
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(case[fact]).removeprefix("torch.") for case in cases])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(need("matplotlib.ticker", "a picture").NullLocator())
     axes.set_xlabel(_AXIS[axis])
     axes.set_ylabel("forward and backward, ms (median, quartiles)")
     others = ", ".join(
@@ -175,9 +177,10 @@ def roofline(content: Mapping, path: Path) -> Path:
             if row.get("flops") and row.get("bytes"):
                 points.setdefault(provider, []).append((row["flops"] / row["bytes"], row["gflop_per_s"]))
     intensities = [x for values in points.values() for x, _ in values]
-    low, high = 0.5 * min(intensities), 2 * max(intensities)
-    bandwidths = list(limits["gb_per_s_by_mib"].items())
-    top = max(limits["gflop_per_s"].values())
+    bandwidths, peaks = list(limits["gb_per_s_by_mib"].items()), limits["gflop_per_s"].values()
+    # so far to the left that every roof is seen to slant
+    low = min(0.5 * min(intensities), 0.2 * min(peaks) / max(rate for _, rate in bandwidths))
+    high, top = 2 * max(intensities), max(peaks)
     for (mib, rate), line, where in (
         (bandwidths[-1], "-", "memory"),
         (max(bandwidths, key=lambda entry: entry[1]), ":", "the fastest cache measured"),
@@ -187,11 +190,13 @@ def roofline(content: Mapping, path: Path) -> Path:
     for dtype, peak in limits["gflop_per_s"].items():
         axes.axhline(peak, color=MUTED, linewidth=1, linestyle="--")
         axes.text(high, peak, f"{dtype}: {peak:g} GFLOP/s ", fontsize=8, color=MUTED, va="bottom", ha="right")
-    for provider, colour in _colours(list(points)).items():
+    floors = {case["floor"] for case in content["cases"]}
+    for provider, colour in _colours(list(points), floors).items():
         axes.plot(*zip(*points[provider], strict=True), "o", color=colour, markersize=4, alpha=0.75, label=provider)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
+    axes.set_ylim(0.5 * min(y for values in points.values() for _, y in values), 2 * top)
     axes.set_xlabel("counted FLOPs a counted byte")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(f"Roofline\n{_machine(content)}", fontsize=9, loc="left")
