@@ -62,13 +62,13 @@ class TextTask:
         return self._task.evaluate(model)[self.fixed.metric]
 
 
-# E2E: perplexity of 64 held-out references; validation holds out 20 whole meaning representations more.
+# E2E: perplexity of 32 held-out references; validation holds out 20 whole meaning representations more.
 FIXED = {
     "trec": QualityTask(120, 16, "accuracy", True, preset("trec").target_modules),
-    "e2e": QualityTask(30, 4, "perplexity", False, list(preset("e2e").target_modules)),
+    "e2e": QualityTask(20, 4, "perplexity", False, list(preset("e2e").target_modules)),
     "cifar10": QualityTask(60, 16, "accuracy", True, r".*\.layer\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"),
 }
-_SIZES = {"trec": {"validation": 500, "test": 1000}, "e2e": {"validation": 20, "test": 64}}
+_SIZES = {"trec": {"validation": 500, "test": 1000}, "e2e": {"validation": 20, "test": 32}}
 
 
 def build(name: str, data_dir: str, *, validating: bool):
