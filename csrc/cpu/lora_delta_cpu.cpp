@@ -6,7 +6,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "host.h"
 
@@ -134,19 +133,38 @@ int64_t total_rank(const Group& group) {
   return total;
 }
 
-// Partial sums of an (R, length) gradient: one (R, stride) part for each chunk of rows of x.
+// Tiles whose products are added one to the other before their sum goes to that of the chunk: 256 rows. The error of n terms
+// added in a row grows as √n; with runs it is that of a run and of the few sums of runs.
+constexpr int64_t kRunTiles = 16;
+
+// Partial sums of an (R, length) gradient: one (R, stride) part for each chunk of rows of x, and where chunks are longer than
+// a run a second one for the run.
 class Parts {
  public:
   Parts() = default;
-  Parts(int64_t n_chunks, int64_t R, int64_t length)
-      : n_chunks_(n_chunks), R_(R), length_(length), stride_(padded_stride(length)) {
-    storage_ = at::empty({n_chunks * R * stride_}, at::kFloat);
+  Parts(int64_t n_chunks, bool runs, int64_t R, int64_t length)
+      : n_chunks_(n_chunks), R_(R), length_(length), stride_(padded_stride(length)), runs_(runs) {
+    storage_ = at::empty({(runs ? 2 : 1) * n_chunks * R * stride_}, at::kFloat);
     data_ = storage_.mutable_data_ptr<float>();
   }
 
   int64_t stride() const { return stride_; }
-  float* chunk(int64_t c) const { return data_ + c * R_ * stride_; }
-  void clear(int64_t c) const { std::memset(chunk(c), 0, R_ * stride_ * sizeof(float)); }
+  // Where the products of the next tile are added.
+  float* run(int64_t c) const { return part(runs_ ? n_chunks_ + c : c); }
+  void clear(int64_t c) const {
+    std::fill_n(part(c), size(), 0.0f);
+    if (runs_) std::fill_n(run(c), size(), 0.0f);
+  }
+  // The run goes to the sum of the chunk; the next one starts from 0.
+  void end_run(int64_t c) const {
+    if (!runs_) return;
+    float* sum = part(c);
+    float* last = run(c);
+    for (int64_t i = 0; i < size(); ++i) {
+      sum[i] += last[i];
+      last[i] = 0;
+    }
+  }
 
   // The sum over the chunks, in their order, times factors[r] (1 if there are none): contiguous (R, length).
   at::Tensor sum(const std::vector<float>& factors = {}) const {
@@ -163,7 +181,11 @@ class Parts {
   }
 
  private:
+  int64_t size() const { return R_ * stride_; }
+  float* part(int64_t i) const { return data_ + i * size(); }
+
   int64_t n_chunks_ = 0, R_ = 0, length_ = 0, stride_ = 0;
+  bool runs_ = false;
   at::Tensor storage_;
   float* data_ = nullptr;
 };
@@ -368,11 +390,12 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const std::optio
   // and no more than 512 MiB of partial sums in all.
   const int64_t tiles = ceil_div(M, kTileRows);
   int64_t n_chunks = std::min<int64_t>(at::get_num_threads(), ceil_div(tiles, 2));
-  if (part_size > 0) n_chunks = std::clamp<int64_t>((1 << 27) / part_size, 1, n_chunks);
+  if (part_size > 0) n_chunks = std::clamp<int64_t>((1 << 26) / part_size, 1, n_chunks);
   const int64_t tiles_per_chunk = ceil_div(tiles, n_chunks);
+  const bool runs = tiles_per_chunk > kRunTiles;
   for (BackwardModule& module : modules) {
-    if (module.make_G) module.G = Parts(n_chunks, module.R, module.N);
-    if (module.wanted.dA) module.dA = Parts(n_chunks, module.R, K);
+    if (module.make_G) module.G = Parts(n_chunks, runs, module.R, module.N);
+    if (module.wanted.dA) module.dA = Parts(n_chunks, runs, module.R, K);
   }
 
   auto* dx_data = need_dx ? static_cast<char*>(out.dx.mutable_data_ptr()) : nullptr;
@@ -391,7 +414,7 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const std::optio
       if (module.make_G) {
         // The kernels do not write through S.
         const RankRows S_tile = {const_cast<float*>(module.S) + m0 * S_stride, S_stride};
-        kernel.accumulate(S_tile, dy, rows, cols, module.R, module.G.chunk(chunk) + n0, module.G.stride());
+        kernel.accumulate(S_tile, dy, rows, cols, module.R, module.G.run(chunk) + n0, module.G.stride());
       }
     }
     if (!module.make_dS) return;
@@ -410,7 +433,7 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const std::optio
           const Rows dropped = module.dropout
                                    ? x_tiles->dropped(*module.dropout, m0, k0, rows, cols, need_dx, ws)
                                    : x_tiles->plain(m0, k0, rows, cols, ws);
-          kernel.accumulate(dS, dropped, rows, cols, module.R, module.dA.chunk(chunk) + k0, module.dA.stride());
+          kernel.accumulate(dS, dropped, rows, cols, module.R, module.dA.run(chunk) + k0, module.dA.stride());
         } else if (module.dropout) {
           kernel.dropout_mask(*module.dropout, m0, k0, rows, cols, ws.mask);
         }
@@ -430,13 +453,18 @@ DeltaGradients lora_delta_gradients(const OptionalTensors& dys, const std::optio
         if (module.make_G) module.G.clear(c);
         if (module.wanted.dA) module.dA.clear(c);
       }
-      const int64_t last = std::min(tiles, (c + 1) * tiles_per_chunk);
-      for (int64_t t = c * tiles_per_chunk; t < last; ++t) {
+      const int64_t begin_tile = c * tiles_per_chunk, end_tile = std::min(tiles, begin_tile + tiles_per_chunk);
+      for (int64_t t = begin_tile; t < end_tile; ++t) {
         const int64_t m0 = t * kTileRows, rows = std::min(kTileRows, M - m0);
         std::fill(ws.S.begin(), ws.S.end(), 0.0f);
         if (x_tiles) x_tiles->prefetch(m0, 0, rows, std::min(kTileCols, K));
         for (const BackwardModule& module : modules) read_dy(module, c, m0, rows, ws);
         if (dS_columns > 0) write_dx_and_dA(c, m0, rows, ws);
+        if ((t + 1 - begin_tile) % kRunTiles != 0 && t + 1 != end_tile) continue;
+        for (const BackwardModule& module : modules) {
+          if (module.make_G) module.G.end_run(c);
+          if (module.wanted.dA) module.dA.end_run(c);
+        }
       }
     }
   });
