@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from adaptlora.benchmarks.case import WARMUP_ROUNDS, Case
-from adaptlora.benchmarks.harness import Interleaved, Report
+from adaptlora.benchmarks.harness import Interleaved, Report, write_json
 from adaptlora.benchmarks.plots import draw
 from adaptlora.benchmarks.roofline import measure as measure_limits
 from adaptlora.benchmarks.timing import default_device, timer_for
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PARTIAL = ROOT / "bench" / "results", ROOT / "runs" / "bench-partial"
 REPORT = pytest.StashKey[Report]()
+OPEN = pytest.StashKey[dict[str, set[str]]]()  # {file: tests that have not passed, or been skipped, yet}
+WRITTEN = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser):
@@ -25,7 +28,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--results",
         type=Path,
-        help="Folder for the JSON files (default: bench/results, with --quick runs/bench-quick).",
+        help="Folder for the JSON files (default: bench/results, or runs/bench-partial for files of which a test was left out or failed;"
+        " with --quick runs/bench-quick).",
     )
 
 
@@ -34,6 +38,32 @@ def pytest_configure(config):
     # pytest-benchmark's own table shows the rounds, not the providers in them.
     config.option.benchmark_quiet = True
     config.stash[REPORT] = Report()
+    config.stash[OPEN] = {}
+    config.stash[WRITTEN] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    unfinished = config.stash[OPEN]
+    for item in items:
+        unfinished.setdefault(item.path.stem, set()).add(item.nodeid)
+    for argument in config.args:  # of bench_x.py::test_y the rest of the file was not even collected
+        if "::" in argument:
+            unfinished.setdefault(Path(argument.split("::")[0]).stem, set()).add("what the command line left out")
+
+
+def pytest_deselected(items):
+    for item in items:
+        item.config.stash[OPEN].setdefault(item.path.stem, set()).add(item.nodeid)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.failed:
+        item.config.stash[OPEN][item.path.stem].add(f"{item.nodeid}, {report.when}")
+    if report.when == "teardown":
+        item.config.stash[OPEN][item.path.stem].discard(item.nodeid)
 
 
 @pytest.fixture(scope="session")
@@ -43,19 +73,19 @@ def quick(request) -> bool:
 
 @pytest.fixture(scope="session")
 def limits(quick):
-    """This machine's, measured in this session before the first case that asks for them."""
-    return measure_limits(timer_for(default_device()), quick=quick)
+    """This machine's, measured before the first case."""
+    return measure_limits(timer_for(default_device(), graphs=True), quick=quick)
 
 
 @pytest.fixture
-def measure(request, benchmark, quick):
+def measure(request, benchmark, quick, limits):
     """measure(case): times a `Case` into the report and returns the samples, {provider: seconds of each round}."""
 
     def run(case: Case) -> dict[str, list[float]]:
         rounds = 3 if quick else case.rounds
         interleaved = Interleaved(case.providers, timer_for(default_device(), graphs=case.graphs))
         benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=case.warmup)
-        comparison = case.comparison(interleaved, rounds, request.getfixturevalue("limits") if case.work else None)
+        comparison = case.comparison(interleaved, rounds, limits)
         benchmark.extra_info.update(comparison.summary())
         request.config.stash[REPORT].add(request.path.stem, comparison)
         return comparison.samples
@@ -91,15 +121,26 @@ def pytest_terminal_summary(terminalreporter, config):
     report = config.stash[REPORT]
     if report.comparisons:
         terminalreporter.write(report.render(width=120))
+        for line in config.stash[WRITTEN]:
+            terminalreporter.write_line(line)
 
 
 def pytest_sessionfinish(session):
     config = session.config
-    folder = config.getoption("--results")
-    if folder is None:
-        folder = ROOT / ("runs/bench-quick" if config.getoption("--quick") else "bench/results")
+    chosen = config.getoption("--results") or (
+        ROOT / "runs" / "bench-quick" if config.getoption("--quick") else RESULTS
+    )
     report = config.stash[REPORT]
-    report.write(folder)
     for bench, comparisons in report.comparisons.items():
+        # What is kept of a file is all of it: some cases of a file that was not run to its end would replace all of them.
+        partial = chosen.resolve() == RESULTS and config.stash[OPEN].get(bench)
+        folder = PARTIAL if partial else chosen
+        path = write_json(folder / f"{bench}.json", report.content(bench))
+        why = (
+            f": of its tests {len(partial)} did not run or failed, {RESULTS / path.name} is as it was"
+            if partial
+            else ""
+        )
+        config.stash[WRITTEN].append(f"results in {path}{why}")
         if any("axes" in comparison.facts for comparison in comparisons):
             draw(report.content(bench), folder, ratios=False)

@@ -154,24 +154,39 @@ def fake_gpu(monkeypatch):
             return lambda *arguments: calls.append(method) or 2.0
 
     class Stream(Recorder):
+        device = SimpleNamespace(index=0)
+
         def __enter__(self):
             return self
 
         def __exit__(self, *error):
             return None
 
+    class Capture(Stream):
+        """As torch.cuda.graph: its end raises too after a call that may not be captured."""
+
+        def __enter__(self):
+            calls.append("capturing")
+
+        def __exit__(self, kind, *error):
+            if kind is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
     for name in ("Event", "Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, Recorder)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorder())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: calls.append("set_stream"))
+    generator = SimpleNamespace(clone_state=lambda: "drawn", graphsafe_set_state=lambda state: calls.append(state))
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Stream())
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Stream())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: Capture())
     monkeypatch.setattr(torch, "empty", lambda size, **options: calls.append(("buffer", size)) or Recorder())
     return calls
 
 
-def test_a_gpu_is_timed_by_events_with_a_cold_cache_and_by_graphs_where_it_can(fake_gpu, monkeypatch):
+def test_a_gpu_is_timed_by_events_with_a_cold_cache_and_by_graphs_where_it_can(fake_gpu):
     def refused():
         if "capturing" in fake_gpu:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -186,8 +201,10 @@ def test_a_gpu_is_timed_by_events_with_a_cold_cache_and_by_graphs_where_it_can(f
     fake_gpu.clear()
     replay()
     assert fake_gpu == ["replay"] and timer.not_captured == {}
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: fake_gpu.append("capturing") or torch.cuda.stream(None))
+    fake_gpu.clear()
     assert timer.ready("eager", refused) is refused
+    # on the stream and with the random numbers that it had before the capture
+    assert fake_gpu[fake_gpu.index("capturing") :] == ["capturing", "set_stream", "drawn"]
     prepared = rank_change.Masks({"a": 1}, CPU)
     assert timer.ready("masks", prepared) is prepared
     assert timer.not_captured == {
@@ -199,13 +216,13 @@ def test_a_gpu_is_timed_by_events_with_a_cold_cache_and_by_graphs_where_it_can(f
 # Regressions
 
 
-def result(*ratios, floor="frozen", **fields):
-    """The content of a result of one case with the ratio (low, median, high) of "adaptlora"."""
+def result(*ratios, floor="frozen", provider=None, **fields):
+    """The content of a result of one case with the ratio (low, median, high) of "adaptlora", or of "PEFT" where the floor is ours."""
     low, median, high = ratios
     row = {"ratio": median, "ratio_quartiles": [low, high]}
     providers = {
         floor: {"ratio": 1.0, "ratio_quartiles": [1.0, 1.0]},
-        ("PEFT" if floor == "adaptlora" else "adaptlora"): row,
+        provider or ("PEFT" if floor == "adaptlora" else "adaptlora"): row,
     }
     environment = {"machine": {"cpu": "a", "threads": 2}, "versions": {"torch": "2"}}
     return {"environment": environment, "cases": [{"case": "layer", "floor": floor, "providers": providers, **fields}]}
@@ -254,6 +271,16 @@ def test_what_cannot_be_compared_is_said():
     assert found.missing == ["adaptlora, of layer, M 8"] and found.added == ["PEFT, of layer, M 8"]
     assert found.conditions == ["processor: a, now b", "threads: 2, now 1", "version of peft: none, now 1"]
     assert compared(old, result(1, 1, 1, floor="another", M=8)).floors == ["layer, M 8: 'frozen', now 'another'"]
+    assert compared(result(1, 1, 1, rounds=3) | {"complete": False}, result(1, 1, 1, rounds=5)).conditions == [
+        "old.json is of a run that did not come to its end",
+        "fewer than 5 rounds, whose quartiles say little: layer",
+    ]
+
+
+@pytest.mark.parametrize(("provider", "fails"), [("adaptlora LoRA", True), ("PEFT", False), ("masked", False)])
+def test_only_our_own_regressions_fail(provider, fails):
+    found = compared(result(1.1, 1.2, 1.3, provider=provider), result(2.1, 2.2, 2.3, provider=provider))
+    assert found.rows[0].verdict == "regressed" and bool(found.regressed) is fails
 
 
 @pytest.mark.parametrize(
@@ -343,6 +370,48 @@ def test_every_scenario_runs_and_is_written_drawn_and_compared(elsewhere, tmp_pa
     assert "+100.0%" in output and ": 1 regressed" in output
 
 
+def test_what_fails_late_leaves_what_was_measured_and_is_no_regression(elsewhere, tmp_path, monkeypatch):  # noqa: F811
+    def killed(*arguments):
+        raise memory.ProcessError("bench: memory: PEFT LoRA ended with -9: killed")
+
+    monkeypatch.setattr(memory, "run", killed)
+    arguments = ["bench", "penalty", "memory", "--quick", "--rounds", 1, "--json", "new.json"]
+    output = invoke(*arguments, code=2).output
+    assert "error: bench: memory: PEFT LoRA ended with -9: killed (new.json has the cases" in output
+    assert "Traceback" not in output
+    content = json.loads((tmp_path / "new.json").read_text())
+    assert [case["scenario"] for case in content["cases"]] == ["penalty"] * 2 and content["complete"] is False
+    assert content["environment"]["device"] == "cpu"
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "run", interrupted)
+    assert "new.json has the cases" in invoke(*arguments, code=130).output
+    monkeypatch.setattr(memory, "unusable", lambda: "no high-water mark")
+    assert "not run: peak of resident memory: no high-water mark" in invoke(*arguments).output
+    content = json.loads((tmp_path / "new.json").read_text())
+    assert content["complete"] is True and content["not_run"][0]["scenario"] == "memory"
+    monkeypatch.setattr(roofline, "measure", lambda *a, **k: 1 / 0)
+    assert "ZeroDivisionError" in invoke("bench", "penalty", "--quick", code=2).output
+
+
+def test_memory_is_not_run_where_the_kernel_keeps_no_mark(monkeypatch):
+    assert memory.unusable() is None
+    monkeypatch.setattr(memory.Path, "write_text", lambda *a: (_ for _ in ()).throw(PermissionError("not allowed")))
+    assert "cannot be read or start anew: not allowed" in memory.unusable()
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    (found,) = memory.comparisons(Options(CPU, quick=True))
+    assert found.reason == "needs Linux, whose kernel keeps the high-water mark, got darwin"
+
+
+def test_files_with_nothing_in_common_are_an_error(elsewhere, tmp_path):  # noqa: F811
+    for name, content in (("old", result(1, 1, 1, M=8)), ("new", result(1, 1, 1, M=16))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    output = invoke("bench", "--compare", "old.json", "--new", "new.json", code=2).output
+    assert "only in the old file: layer, M 8" in output and "got none to compare" in output
+
+
 def test_a_run_of_memory_is_a_process_of_its_own(monkeypatch):
     """The process is not started here: it imports for seconds. What it does is done in this one."""
     found = memory.child("adaptlora LoRA", "tiny", 0.1, 1)
@@ -366,6 +435,11 @@ def test_a_run_of_memory_is_a_process_of_its_own(monkeypatch):
         (["--compare", "text.json"], "bench: text.json must be JSON"),
         (["--new", "text.json"], "bench: --new needs --compare or --plot"),
         (["layer", "--json", "."], "bench: json must be a file, got the folder '.'"),
+        (["layer", "--json", "text.json/x.json"], "bench: json must be a place that can be written to"),
+        (["layer", "--plot", "text.json/x"], "bench: plot must be a place that can be written to"),
+        (["--plot", "plots", "--new", "text.json", "--quick", "--rounds", 3], "already, without --quick, --rounds"),
+        (["--compare", "text.json", "--rounds", 1], "bench: --compare needs at least 5 rounds"),
+        (["--compare", "text.json", "--quick"], "got --quick with its 3: --rounds"),
     ],
 )
 def test_bad_calls_are_told_before_anything_is_measured(elsewhere, tmp_path, monkeypatch, arguments, message):  # noqa: F811
@@ -377,11 +451,9 @@ def test_bad_calls_are_told_before_anything_is_measured(elsewhere, tmp_path, mon
 
 def test_peft_is_asked_for_by_name(elsewhere, monkeypatch):  # noqa: F811
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setattr(roofline, "measure", lambda *a, **k: pytest.fail("measured"))
     output = " ".join(invoke("bench", "layer", "--quick", code=2).output.split())
-    assert (
-        'bench: the provider PEFT needs the package peft, which is not installed: pip install "adaptlora[demo]"'
-        in output
-    )
+    assert 'bench: layer needs the package peft, which is not installed: pip install "adaptlora[demo]"' in output
 
 
 def test_a_case_that_cannot_run_is_listed_with_its_reason(monkeypatch):

@@ -3,7 +3,7 @@
 Only ratios to the floor are compared, never times, so that a busier or a slower machine is no regression. A provider of a case regressed
 when the lower quartile of its new ratio lies above the upper quartile of the old one and its median is more than 5 % larger. It improved
 when the same holds the other way round. Memory is compared as times are. Where the floor is adaptlora itself, its ratio to each provider
-of another kind is compared: the floor's own ratio says nothing.
+of another kind is compared: the floor's own ratio says nothing. Rows of other packages are shown; only ours decide whether a run failed.
 
 Files are those of `adaptlora bench --json` and of `make bench`. A case is known by its name, and M, R, dropout and dtype where it has them;
 a provider by its name. A case whose floor is another one now cannot be compared.
@@ -19,7 +19,16 @@ from rich.table import Table
 from ..text_files import read_json
 
 TOLERANCE = 0.05
-OURS = "adaptlora"  # what the names of its providers begin with
+MIN_ROUNDS = 5  # below it quartiles are hardly more than the extremes
+# What the names of our providers begin with: "adaptlora", and where a benchmark has none but ours, what they do.
+OURS = (
+    "adaptlora",
+    "PEFT LoRA accelerated",
+    "randomized_svd",
+    "penalty and its gradient",
+    "proximal step",
+    "rank change of every module",
+)
 _IDENTITY = ("M", "R", "dropout", "dtype")
 # What times depend on, as a path into "environment".
 _CONDITIONS = {
@@ -42,12 +51,14 @@ class Ratio:
 
 @dataclass
 class Results:
-    """One file: ratios by (case, provider), floors by case, and what they were measured on."""
+    """One file: ratios by (case, provider), floors and rounds by case, what they were measured on, and whether its run came to its end."""
 
     path: Path
     environment: Mapping
     floors: dict[str, str] = field(default_factory=dict)
     ratios: dict[tuple[str, str], Ratio] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,10 @@ class Row:
         return self.new.median / self.old.median - 1
 
     @property
+    def ours(self) -> bool:
+        return self.provider.startswith(OURS)
+
+    @property
     def verdict(self) -> str:
         """ "regressed", "improved" or "" (see above)."""
         if self.new.low > self.old.high and self.new.median > (1 + TOLERANCE) * self.old.median:
@@ -76,7 +91,7 @@ class Row:
 class Differences:
     """
     rows: what both files have.   missing: in the old file alone, added: in the new one alone: cases, or providers of a case.
-    floors: cases with another floor.   conditions: lines on what was different about the machine.
+    floors: cases with another floor.   conditions: lines on what was different about the machine and what the files lack.
     """
 
     rows: list[Row]
@@ -87,7 +102,8 @@ class Differences:
 
     @property
     def regressed(self) -> list[Row]:
-        return [row for row in self.rows if row.verdict == "regressed"]
+        """Rows of adaptlora; of other packages it is no fault of ours."""
+        return [row for row in self.rows if row.ours and row.verdict == "regressed"]
 
     def table(self) -> Table:
         table = Table(header_style="dim", box=SIMPLE_HEAD)
@@ -99,9 +115,8 @@ class Differences:
         colours = {"regressed": "bold red", "improved": "green", "": None}
         for row in sorted(self.rows, key=lambda row: -row.change):
             old, new = (f"{r.median:.3f} ({r.low:.3f} – {r.high:.3f})" for r in (row.old, row.new))
-            table.add_row(
-                row.case, row.provider, old, new, f"{row.change:+.1%}", row.verdict, style=colours[row.verdict]
-            )
+            style = colours[row.verdict] if row.ours else None
+            table.add_row(row.case, row.provider, old, new, f"{row.change:+.1%}", row.verdict, style=style)
         return table
 
     def notes(self) -> list[str]:
@@ -128,7 +143,7 @@ def parse(content: Mapping, path: Path) -> Results:
             f"bench: {path} must be a result of these benchmarks, with the fields environment and cases, got"
             f" {', '.join(sorted(content)) or 'none'}"
         )
-    results = Results(path, environment)
+    results = Results(path, environment, complete=content.get("complete", True) is not False)
     for i, case in enumerate(cases):
         _add(results, case, f"{path}: cases[{i}]")
     return results
@@ -147,6 +162,8 @@ def _add(results: Results, case, where: str) -> None:
     if name in results.floors:
         raise ValueError(f"bench: {where} must be named otherwise than the cases before it, got {name!r}")
     floor = results.floors[name] = case["floor"]
+    if isinstance(case.get("rounds"), int):
+        results.rounds[name] = case["rounds"]
     for provider, row in providers.items():
         ratio = _ratio(row, f"{where}: {provider}")
         if floor.startswith(OURS) and not provider.startswith(OURS):
@@ -187,7 +204,11 @@ def compare(old: Results, new: Results) -> Differences:
         if name in comparable and provider != old.floors[name] and (name, provider) in new.ratios:
             rows.append(Row(name, provider, ratio, new.ratios[name, provider]))
     floors = [f"{name}: {old.floors[name]!r}, now {new.floors[name]!r}" for name in other_floor]
-    return Differences(rows, missing, added, floors, conditions(old.environment, new.environment))
+    noted = [f"{side.path} is of a run that did not come to its end" for side in (old, new) if not side.complete]
+    few = {row.case for row in rows if min(s.rounds.get(row.case, MIN_ROUNDS) for s in (old, new)) < MIN_ROUNDS}
+    if few:
+        noted.append(f"fewer than {MIN_ROUNDS} rounds, whose quartiles say little: {', '.join(sorted(few))}")
+    return Differences(rows, missing, added, floors, conditions(old.environment, new.environment) + noted)
 
 
 def conditions(old: Mapping, new: Mapping) -> list[str]:

@@ -175,11 +175,16 @@ def usable(providers: dict[str, Provider], check: Callable[[str], None]) -> tupl
     return passed, failed
 
 
-def environment() -> dict:
-    """What the times depend on: the machine, torch's threads, versions, instruction set, and how busy it was at the start."""
+def environment(device: torch.device | str | None = None) -> dict:
+    """
+    What the times depend on: the machine, torch's threads, versions, instruction set, and how busy it was at the start.
+
+    Args: device: that it is about; None for the one that torch has.
+    """
     extension = _backend.extension()
     return {
         "machine": doctor.machine(),
+        "device": (default_device() if device is None else torch.device(device)).type,
         "versions": doctor.versions(),
         "isa": extension.isa() if extension else "no C++ extension: the reference runs",
         "load_before": round(os.getloadavg()[0], 2),
@@ -187,10 +192,15 @@ def environment() -> dict:
 
 
 class Report:
-    """All comparisons of a session, by benchmark file or scenario, and the limits of the machine in it."""
+    """
+    All comparisons of a session, by benchmark file or scenario, and the limits of the machine in it.
 
-    def __init__(self):
-        self.environment = environment()
+    Attributes: complete: whether all that was asked for is in it; the caller says so at the end.
+    """
+
+    def __init__(self, device: torch.device | str | None = None):
+        self.environment = environment(device)
+        self.complete = False
         self.comparisons: dict[str, list[Comparison]] = {}
         self.not_run: list[dict[str, str]] = []
 
@@ -218,11 +228,12 @@ class Report:
         if bench is not None:
             return {"environment": self.environment, "cases": [c.summary() for c in self.comparisons[bench]]}
         cases = [{"scenario": name, **c.summary()} for name, found in self.comparisons.items() for c in found]
-        return {"environment": self.environment, "cases": cases, "not_run": self.not_run}
-
-    def write(self, folder: Path) -> list[Path]:
-        """One JSON file per benchmark file, replacing that of the last run."""
-        return [write_json(folder / f"{bench}.json", self.content(bench)) for bench in self.comparisons]
+        return {
+            "environment": self.environment,
+            "complete": self.complete,
+            "cases": cases,
+            "not_run": self.not_run,
+        }
 
 
 def write_json(path: Path, content: dict) -> Path:

@@ -24,10 +24,11 @@ import torch
 
 from ..config import AdaLoRAConfig, LaLoRAConfig, LoraConfig, NormALConfig
 from ..finetune._extras import need
-from .case import Options
+from .case import NotRun, Options
 from .harness import Comparison
 from .models import LINEARS, LR, MODELS, AdaLora, MaskedNormal, Ours, Peft, batch_for, build
 
+NEEDS = ("transformers", "peft")
 HIGHEST, BEYOND = "peak of resident memory", "peak beyond the model"
 STEPS, ROUNDS, DROPOUT = 60, 3, 0.1
 
@@ -98,9 +99,30 @@ PROVIDERS: dict[str, tuple[int, Callable]] = {
 SHORT = ("PEFT LoRA", "adaptlora LoRA", "masked NormAL", "adaptlora NormAL")
 
 
+class ProcessError(RuntimeError):
+    """A process whose memory was to be measured did not come to its end."""
+
+
 def _status(field: str) -> int:
     """Bytes of VmRSS or VmHWM."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def _new_mark() -> None:
+    """The high-water mark starts anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def unusable() -> str | None:
+    """Why memory cannot be measured here; None where the kernel keeps a high-water mark and lets it start anew."""
+    if sys.platform != "linux":
+        return f"needs Linux, whose kernel keeps the high-water mark, got {sys.platform}"
+    try:
+        _new_mark()
+        _status("VmHWM")
+    except (OSError, TypeError) as error:  # a sandbox without one of the two
+        return f"the high-water mark VmHWM cannot be read or start anew: {error}"
+    return None
 
 
 def child(provider: str, name: str, dropout: float, steps: int) -> dict[str, int]:
@@ -114,7 +136,7 @@ def child(provider: str, name: str, dropout: float, steps: int) -> dict[str, int
     model.eval()
     with torch.no_grad():
         model(**batch)  # what the libraries allocate once
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    _new_mark()
     before = _status("VmRSS")
     r, make = PROVIDERS[provider]
     trained = make(model, name, dropout, r, steps)
@@ -126,15 +148,13 @@ def child(provider: str, name: str, dropout: float, steps: int) -> dict[str, int
 
 
 def run(provider: str, name: str, dropout: float, steps: int) -> dict[str, int]:
-    """`child` in a process of its own.  Raises: ValueError (no Linux), RuntimeError (with the end of what the process said)."""
-    if sys.platform != "linux":
-        raise ValueError(f"bench: memory needs Linux, whose kernel keeps the high-water mark, got {sys.platform}")
+    """`child` in a process of its own.  Raises: ProcessError (with the end of what the process said)."""
     command = [sys.executable, "-m", __name__, provider, name, str(dropout), str(steps)]
     ended = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
     if ended.returncode:
-        raise RuntimeError(f"bench: memory: {provider} ended with {ended.returncode}: {ended.stderr.strip()[-500:]}")
+        raise ProcessError(f"bench: memory: {provider} ended with {ended.returncode}: {ended.stderr.strip()[-500:]}")
     return json.loads(ended.stdout.splitlines()[-1])
 
 
@@ -147,11 +167,15 @@ def measure(providers, name: str, dropout: float, steps: int, rounds: int) -> di
     return found
 
 
-def comparisons(options: Options) -> Iterator[Comparison]:
+def comparisons(options: Options) -> Iterator[Comparison | NotRun]:
     """The highest resident bytes in all, and beyond what the process held before the adapter; the floor is PEFT's LoRA.
 
-    It is the CPU's memory, whatever the device is.  Raises: ValueError, RuntimeError.
+    It is the CPU's memory, whatever the device is.  Raises: ProcessError.
     """
+    reason = unusable()
+    if reason:
+        yield NotRun(HIGHEST, reason)
+        return
     name, steps = ("tiny", 4) if options.quick else ("minilm", STEPS)
     providers, rounds = (SHORT[:2], 1) if options.quick else (SHORT, ROUNDS)
     rounds = options.rounds or rounds

@@ -6,7 +6,8 @@ Bandwidth is measured for memory of several sizes, as the best of four streams, 
 the fastest everywhere: a copy, a triad a + s·b → c, a dot product (reads alone) and a scaling in place. A case takes the figure of its own
 footprint, between two sizes interpolated: what fits into a cache is held to that cache's speed, not to the memory's. Peak is the best of
 square products, by dtype. Both are with the threads that torch has then; a share above 1 means that something else ran on the machine
-while they were measured.
+while they were measured. On a GPU they are replays of CUDA graphs that find the cache cold; the launch of one is in them, so that the
+figures of a few MiB are those of launches, as the times of cases of that size are.
 """
 
 import bisect
@@ -30,7 +31,8 @@ GPU_EDGES = (2048, 4096, 8192)
 class Limits:
     """
     bandwidth: bytes a second by footprint, ascending.   peak: FLOPs a second by dtype ("float32").
-    cache: bytes of the last-level cache (a GPU's L2), None where unknown.   not_measured: {dtype: why}.
+    cache: bytes of the last-level cache, None where unknown, and on a GPU, where every call finds it cold.
+    not_measured: {dtype: why}.   not_captured: why streams or products were timed without a CUDA graph.
     """
 
     bandwidth: dict[int, float]
@@ -38,6 +40,7 @@ class Limits:
     threads: int
     cache: int | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
+    not_captured: dict[str, str] = field(default_factory=dict)
 
     def bandwidth_at(self, footprint: int) -> float:
         """Bytes a second for memory of that size: interpolated in both logarithms, the last figure beyond the ends."""
@@ -81,6 +84,7 @@ class Limits:
             "gflop_per_s": {dtype: round(rate / 1e9, 1) for dtype, rate in self.peak.items()},
             "last_level_cache_mib": None if self.cache is None else self.cache / MIB,
             "not_measured": self.not_measured,
+            **({"not_captured": self.not_captured} if self.not_captured else {}),
         }
 
 
@@ -96,9 +100,9 @@ def bf16_unusable(device: torch.device) -> str | None:
 
 
 def last_level_cache(device: torch.device) -> int | None:
-    """Bytes of the largest cache of the first core, as Linux tells, or of the GPU's L2."""
+    """Bytes of the largest cache of the first core, as Linux tells; None on a GPU, whose timer clears the cache before each call."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
+        return None
     sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes), default=None)
 
@@ -115,10 +119,12 @@ def measure(timer: Timer, *, quick: bool = False) -> Limits:
         limits.not_measured["bfloat16"] = reason
     for dtype in (torch.float32, *([] if reason else [torch.bfloat16])):
         limits.peak[dtype_name(dtype)] = max(_gemm_rate(timer, edge, dtype, 3 if quick else 7) for edge in edges)
+    limits.not_captured = dict(getattr(timer, "not_captured", {}))
     return limits
 
 
 def _best(timer: Timer, run, repeats: int) -> float:
+    run = timer.ready("limits", run)
     run()
     return min(timer.seconds(run) for _ in range(repeats))
 

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 
 import torch
 
+from ..finetune._extras import need
 from . import layer, memory, penalty, rank_change, roofline, step, svd
 from .case import NotRun, Options
 from .harness import Comparison, Report
 from .roofline import Limits
 from .timing import timer_for
 
+# What a scenario imports beyond adaptlora, asked for before anything is timed.
+NEEDS = {"layer": ("peft",), "step": ("transformers", "peft"), "memory": memory.NEEDS}
 CASES = {
     "layer": layer.cases,
     "penalty": penalty.cases,
@@ -35,29 +38,39 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(scenarios, options: Options, watch: Callable[[str, Comparison | NotRun], None] = lambda *_: None) -> Report:
-    """
-    Measures the machine's limits and then every case of the scenarios, each checked before it is timed.
-
-    Args: watch: is given the scenario and what was found, case by case.
-    Raises: ValueError (a scenario that there is not, rounds < 1), MissingExtraError, WrongResultError.
-    """
+def check(scenarios, options: Options) -> None:
+    """Whether `run` can begin.  Raises: ValueError (a scenario that there is not, rounds < 1), MissingExtraError."""
     unknown = [scenario for scenario in scenarios if scenario not in SCENARIOS]
     if unknown:
         raise ValueError(f"bench: scenario must be one of {', '.join(SCENARIOS)}, got {unknown[0]!r}")
     if options.rounds is not None and options.rounds < 1:
         raise ValueError(f"bench: rounds must be an integer > 0, got {options.rounds}")
-    report = Report()
-    report.environment["device"] = options.device.type
+    for scenario in scenarios:
+        for package in NEEDS.get(scenario, ()):
+            need(package, f"bench: {scenario}")
+
+
+def run(
+    scenarios, options: Options, watch: Callable[[str, Comparison | NotRun, Report], None] = lambda *_: None
+) -> Report:
+    """
+    Measures the machine's limits and then every case of the scenarios, each checked before it is timed.
+
+    Args: watch: is given the scenario, what was found and the report of all until then, case by case.
+    Raises: as `check`; WrongResultError, memory.ProcessError.
+    """
+    check(scenarios, options)
+    report = Report(options.device)
     timed = any(scenario in CASES for scenario in scenarios)
-    limits = roofline.measure(timer_for(options.device), quick=options.quick) if timed else None
+    limits = roofline.measure(timer_for(options.device, graphs=True), quick=options.quick) if timed else None
     for scenario in scenarios:
         for found in memory.comparisons(options) if scenario == "memory" else _timed(CASES[scenario], options, limits):
             if isinstance(found, NotRun):
                 report.skip(scenario, found.case, found.reason)
             else:
                 report.add(scenario, found)
-            watch(scenario, found)
+            watch(scenario, found, report)
+    report.complete = True
     return report
 
 

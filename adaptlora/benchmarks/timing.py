@@ -44,25 +44,33 @@ class CudaTimer:
     def ready(self, name: str, run: Provider) -> Provider:
         """The replay of a graph of `run` where one can be captured, else `run`."""
         if not self.graphs:
-            self.not_captured[name] = "it decides in Python, which a replay would not repeat"
+            self.not_captured[name] = "its benchmark times whole calls, with what they decide in Python or wait for"
             return run
         if hasattr(run, "prepare"):
             self.not_captured[name] = "it is prepared anew before each call"
             return run
+        current = torch.cuda.current_stream(self.device)
+        generator = torch.cuda.default_generators[current.device.index]
+        drawn = generator.clone_state()
         try:
-            return self._captured(run)
+            return self._captured(run, current)
         except RuntimeError as error:
-            self.not_captured[name] = str(error).strip().splitlines()[0][:200]
+            # After an illegal call the capture's own end raises too: that error says nothing, hides the first one, and leaves the capture's
+            # stream the current one and the generator of random numbers waiting for a graph.
+            first = error.__context__ or error
+            self.not_captured[name] = str(first).strip().splitlines()[0][:200]
+            torch.cuda.set_stream(current)
+            generator.graphsafe_set_state(drawn)
             torch.cuda.synchronize(self.device)
             return run
 
-    def _captured(self, run: Provider) -> Provider:
+    def _captured(self, run: Provider, current: torch.cuda.Stream) -> Provider:
         stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(3):  # what is compiled, tuned and allocated once happens here
                 run()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
