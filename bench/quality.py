@@ -4,10 +4,10 @@
     python bench/quality.py trec-methods --report        # only print and plot what is there
     python bench/quality.py --list
 
-Equal steps, batches and final parameters for all rows. Each method's learning rate is the best of those tried on training data held
-out for that, one seed; the test set sees it afterwards. Runs are stored as they end, by what they are (method, fields, rate, task,
-seed), so that a run that two tables share is made once and a command that was stopped goes on. One thread unless told otherwise.
-Data: `make data data-e2e data-cifar10`.
+Equal steps and batches for all rows, and final parameters as near to equal as a method can be set. The learning rate of each of
+the methods is the best of those tried on training data held out for that, one seed; ablations take that of the row they vary. Runs
+are stored as they end, by what they are (method, fields, rate, task, seed), so that a run that two tables share is made once and a
+command that was stopped goes on. One thread unless told otherwise. Data: `make data data-e2e data-cifar10`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import quality_methods
@@ -24,9 +25,11 @@ import torch
 from quality_tables import FACTOR, METHODS, MOST_RATES, RATE_SEED, RATES, TABLES, Table, Variant
 
 from adaptlora import doctor
-from adaptlora.files import atomic_file
+from adaptlora.files import atomic_file, locked
 from adaptlora.finetune.train import lr_factor, seed_everything
 
+# Raised when the training loop, a schedule's shares of the steps or the tasks' preparation change: older runs are then made again.
+LOOP = 1
 RESULTS = Path(__file__).parent / "results"
 FILE = "quality.json"
 
@@ -48,26 +51,30 @@ class Store:
         return self._content()["runs"].get(self.key(spec))
 
     def add(self, spec: dict, result: dict) -> None:
-        content = self._content()  # again: another process may have added to it
-        content["machine"], content["versions"] = doctor.machine(), doctor.versions()
-        content["runs"][self.key(spec)] = {"spec": spec, **result}
-        self._write(content)
+        def change(content: dict) -> None:
+            content["machine"], content["versions"] = doctor.machine(), doctor.versions()
+            content["runs"][self.key(spec)] = {"spec": spec, **result}
+
+        self._change(change)
 
     def summarise(self, name: str, summary: dict) -> None:
-        content = self._content()
-        content.setdefault("tables", {})[name] = summary
-        self._write(content)
+        self._change(lambda content: content.setdefault("tables", {}).update({name: summary}))
 
-    def _write(self, content: dict) -> None:
-        with atomic_file(self.file) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    def _change(self, change: Callable[[dict], object]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.file.parent):
+            content = self._content()
+            change(content)
+            with atomic_file(self.file) as temporary:
+                temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def spec_of(task: str, fixed: quality_tasks.QualityTask, variant: Variant, lr: float, seed: int) -> dict:
-    """All that a run's result depends on, the rows' names left out."""
+    """All that a run's result depends on, versions of packages and the rows' names left out."""
     return {
-        "task": task, "steps": fixed.steps, "batch_size": fixed.batch_size, "method": variant.method, "fields": variant.fields,
-        "lr": lr, "seed": seed, "validating": seed == RATE_SEED,
+        "task": task, "steps": fixed.steps, "batch_size": fixed.batch_size, "targets": fixed.targets, "data": fixed.data,
+        "method": variant.method, "fields": variant.fields, "lr": lr, "seed": seed, "validating": seed == RATE_SEED,
+        "loop": LOOP,
     }  # fmt: skip
 
 
@@ -102,7 +109,11 @@ def train(task, spec: dict) -> dict:
         optimizer.zero_grad()
         run.after(value)
     score = task.score(run.model)
-    return {"score": score, **run.result(), "seconds": round(time.perf_counter() - started, 1)}
+    return {
+        "score": score if math.isfinite(score) else None,
+        **run.result(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 class Bench:
@@ -141,6 +152,10 @@ class Bench:
                     return None
                 scores[lr] = worst if found["score"] is None else found["score"]
             best = (max if fixed.higher_is_better else min)(scores, key=scores.get)
+            if math.isinf(scores[best]):
+                raise RuntimeError(
+                    f"quality: {row} on {name} must be trainable at one of {sorted(scores)}, all diverged"
+                )
             beyond = {min(scores): best / FACTOR, max(scores): best * FACTOR}
             wanted = [beyond[best]] if best in beyond and len(scores) < MOST_RATES else []
         return best
@@ -173,7 +188,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="the tables, and how many runs each has")
     parser.add_argument("--seeds", type=int, help="instead of the table's own number")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing; print and draw what is there")
     parser.add_argument("--data-dir", default=".data")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of quality.json and the plots")
     parser.add_argument("--threads", type=int, default=1)
@@ -184,6 +199,8 @@ def main() -> None:
         for name, table in TABLES.items():
             print(f"{name:16} {table.task:8} {len(table.rows)} rows × {table.seeds} seeds: {table.title}")
         return
+    if options.seeds is not None and not 1 <= options.seeds <= RATE_SEED:
+        parser.error(f"--seeds must be 1 to {RATE_SEED}, got {options.seeds}")
     torch.set_num_threads(options.threads)
     until = 0.0 if options.report else time.monotonic() + 60 * options.minutes
     bench = Bench(Store(options.results / FILE), options.data_dir, until)
@@ -195,8 +212,11 @@ def main() -> None:
         if not any(row["mean"] is not None for row in summary["rows"].values()):
             print(f"{name}: no runs yet")
             continue
-        bench.store.summarise(name, summary)
         print(f"{name}: {table.title}\n\n{quality_report.markdown(summary)}\n")
+        if seeds != table.seeds:
+            print("not kept: --seeds is not the table's own number\n")
+            continue
+        bench.store.summarise(name, summary)
         with atomic_file(options.results / f"quality_{name}.png") as partial:
             quality_report.figure(summary).savefig(partial, dpi=150, format="png")
 

@@ -16,16 +16,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from quality_tasks import SPLIT_SEED, QualityTask
+from quality_tasks import QualityTask
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adaptlora.files import atomic_file
 from adaptlora.finetune.fetch import locate
 
-PIXELS = 70  # five patches of 14 a side
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
-TRAIN, VALIDATION, TEST = 2000, 400, 500
 RENAMED = {
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
@@ -68,13 +66,14 @@ def _converted(data_dir: Path) -> Path:
     return file
 
 
-def _images(data_dir: Path) -> tuple[Tensor, Tensor]:
-    """(images (n, 3, 32, 32) uint8, labels (n,)), the first that are needed of a fixed order."""
-    file = data_dir / "cifar10.safetensors"
+def _images(data_dir: Path, sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """(images (n, 3, 32, 32) uint8, labels (n,)), the first that are needed of the order that the seed gives."""
+    count, seed = sizes["train"] + sizes["validation"] + sizes["test"], sizes["seed"]
+    file = data_dir / f"cifar10-{count}-{seed}.safetensors"
     if not file.is_file():
         examples = json.loads(locate("cifar10", data_dir).read_text())["examples"]
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        chosen = [examples[i] for i in order[: TRAIN + VALIDATION + TEST].tolist()]
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+        chosen = [examples[i] for i in order[:count].tolist()]
         classes = sorted(chosen[0]["target_scores"])
         pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(e["input"]))).convert("RGB")) for e in chosen]
         labels = [classes.index(max(e["target_scores"], key=e["target_scores"].get)) for e in chosen]
@@ -91,11 +90,11 @@ class Cifar10:
     def __init__(self, fixed: QualityTask, *, data_dir: str, validating: bool):
         self.fixed = fixed
         self._weights = load_file(_converted(Path(data_dir)))
-        images, labels = _images(Path(data_dir))
-        start = TRAIN if validating else TRAIN + VALIDATION
-        end = TRAIN + VALIDATION if validating else None
-        self._train = images[:TRAIN], labels[:TRAIN]
-        self._test = images[start:end], labels[start:end]
+        images, labels = _images(Path(data_dir), fixed.data)
+        train, validation, test = (fixed.data[name] for name in ("train", "validation", "test"))
+        parts = [part.split([train, validation, test]) for part in (images, labels)]
+        self._train, held, tested = zip(*parts, strict=True)
+        self._test = held if validating else tested
 
     def model(self, seed: int) -> nn.Module:
         config = transformers.Dinov2Config(
@@ -113,16 +112,17 @@ class Cifar10:
     def heads(self, model: nn.Module) -> list[str]:
         return ["classifier"]
 
-    @staticmethod
-    def _batch(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        large = F.interpolate(images.float() / 255, (PIXELS, PIXELS), mode="bicubic", align_corners=False)
+    def _batch(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        large = F.interpolate(
+            images.float() / 255, (self.fixed.data["pixels"],) * 2, mode="bicubic", align_corners=False
+        )
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
         return {"pixel_values": (large - mean) / std, "labels": labels}
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
-        wanted = self.fixed.steps * self.fixed.batch_size
-        order = torch.cat([torch.randperm(TRAIN, generator=generator) for _ in range(-(-wanted // TRAIN))])
+        wanted, train = self.fixed.steps * self.fixed.batch_size, len(self._train[1])
+        order = torch.cat([torch.randperm(train, generator=generator) for _ in range(-(-wanted // train))])
         for rows in order[:wanted].split(self.fixed.batch_size):
             yield self._batch(self._train[0][rows], self._train[1][rows])
 

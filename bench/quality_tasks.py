@@ -1,7 +1,7 @@
 """The tasks of the quality tables: TREC-6 on MiniLM, E2E on SmolLM2-135M, CIFAR-10 on DINOv2-S, each cut to what two cores can repeat.
 
 A task has `model(seed)`, `heads(model)`, `batches(seed)`, `score(model)`, and the fields of `QualityTask`. What a learning rate is
-chosen by (`validating=True`) is a part of the training data that no run of a task trains on, so that the test set is looked at once.
+chosen by (`validating=True`) is a part of the training data that no run of a task trains on.
 """
 
 import dataclasses
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from adaptlora.finetune import data as data_module
 from adaptlora.finetune import preset, tasks
 
-SPLIT_SEED = 7  # of what is held out for validation
-
 
 @dataclass(frozen=True)
 class QualityTask:
@@ -25,12 +23,13 @@ class QualityTask:
     metric: str
     higher_is_better: bool
     targets: str | list[str]
+    data: dict[str, int]  # how many examples train, validate and test, and the seed that chooses them
 
 
 class TextTask:
     """A preset of `adaptlora finetune`, with fewer and smaller steps."""
 
-    def __init__(self, name: str, fixed: QualityTask, *, validation: int, test: int, data_dir: str, validating: bool):
+    def __init__(self, name: str, fixed: QualityTask, *, data_dir: str, validating: bool):
         self.fixed = fixed
         self._spec = dataclasses.replace(
             preset(name), compare=False, data_dir=data_dir, generate=0, method="lora", options={},
@@ -39,9 +38,13 @@ class TextTask:
         whole = data_module.load(self._spec)
         train, held = (
             [whole.train[i] for i in rows]
-            for rows in data_module.held_out([row["text"] for row in whole.train], validation, seed=SPLIT_SEED)
+            for rows in data_module.held_out(
+                [row["text"] for row in whole.train], fixed.data["validation"], seed=fixed.data["seed"]
+            )
         )
-        self._data = data_module.Dataset(train, (held if validating else whole.test)[:test], whole.duplicates)
+        self._data = data_module.Dataset(
+            train, (held if validating else whole.test)[: fixed.data["test"]], whole.duplicates
+        )
         self._task = None
 
     def _for(self, seed: int):
@@ -64,11 +67,17 @@ class TextTask:
 
 # E2E: perplexity of 32 held-out references; validation holds out 20 whole meaning representations more.
 FIXED = {
-    "trec": QualityTask(120, 16, "accuracy", True, preset("trec").target_modules),
-    "e2e": QualityTask(20, 4, "perplexity", False, list(preset("e2e").target_modules)),
-    "cifar10": QualityTask(60, 16, "accuracy", True, r".*\.layer\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"),
-}
-_SIZES = {"trec": {"validation": 500, "test": 1000}, "e2e": {"validation": 20, "test": 32}}
+    "trec": QualityTask(
+        120, 16, "accuracy", True, preset("trec").target_modules, {"validation": 500, "test": 1000, "seed": 7}
+    ),
+    "e2e": QualityTask(
+        20, 4, "perplexity", False, list(preset("e2e").target_modules), {"validation": 20, "test": 32, "seed": 7}
+    ),
+    "cifar10": QualityTask(
+        60, 16, "accuracy", True, r".*\.layer\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)",
+        {"train": 2000, "validation": 400, "test": 500, "seed": 7, "pixels": 70},
+    ),
+}  # fmt: skip
 
 
 def build(name: str, data_dir: str, *, validating: bool):
@@ -76,4 +85,4 @@ def build(name: str, data_dir: str, *, validating: bool):
         from quality_cifar import Cifar10  # reads images: no other table needs what it imports
 
         return Cifar10(FIXED[name], data_dir=data_dir, validating=validating)
-    return TextTask(name, FIXED[name], **_SIZES[name], data_dir=data_dir, validating=validating)
+    return TextTask(name, FIXED[name], data_dir=data_dir, validating=validating)
