@@ -240,11 +240,12 @@ def load_checkpoint(path, adapter, optimizer, *, scheduler=None, scaler=None) ->
     i takes the random states of process i; where there were fewer, it seeds its generators from those of process 0 and i.
 
     Args:
-        path: the checkpoint's folder.   adapter: attached as before, with its modules and method; ranks follow the checkpoint.
+        path: the checkpoint's folder.   adapter: attached as before, with its modules and configuration; ranks follow the checkpoint, and
+            fields that later steps do not depend on (`Method.start_fields`) may differ.
         optimizer, scheduler, scaler: built as before; one that was saved must be given, and no other.
     Returns: Resumed(step, extra).   Gradients are dropped.
-    Raises: FileNotFoundError, ValueError (damaged, or of another model, method, optimizer, scheduler or scaler; the file and what to do are
-        named; another path than the other processes'); nothing has changed then, in no process.
+    Raises: FileNotFoundError, ValueError (damaged, or of another model, configuration, optimizer, scheduler or scaler; the file and what
+        differs are named; another path than the other processes'); nothing has changed then, in no process.
     """
     op, path, processes = "load_checkpoint", Path(path), adapter.processes
     check_same(op, processes, "path", path.name, f" ({_SAME})")

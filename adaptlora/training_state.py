@@ -3,6 +3,7 @@
 import torch
 
 from .adapter import _unwrapped
+from .config_state import check_config_state, config_state
 from .distributed.sharding import (
     decode_parts,
     encode_parts,
@@ -90,7 +91,7 @@ class TrainingState:
 
     def _encoded(self, tensors: dict) -> dict:
         state = {
-            "config": type(self.adapter.config).__name__,
+            "config": config_state(self.adapter.method),
             "adapter": encode_parts(self.op, "adapter", self.adapter.state_dict(), tensors),
             "others": encode_parts(self.op, "model", self._others(), tensors),
             **{optimizer.key: optimizer.encoded(tensors) for optimizer in self.optimizers},
@@ -104,10 +105,8 @@ class TrainingState:
         return state
 
     def check(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """Raises: ValueError if `restore` could not take these: another model, method, optimizer, scheduler or scaler."""
-        config = type(self.adapter.config).__name__
-        if state["config"] != config:
-            raise ValueError(f"the adapter must be attached with a {state['config']}, got a {config}")
+        """Raises: ValueError if `restore` could not take these: another model, configuration, optimizer, scheduler or scaler."""
+        check_config_state(self.adapter.method, state["config"])
         stored = decode_parts("adapter", state["adapter"], tensors)
         self._check_tensors("factors", self._factors(), stored.get("factors", {}), ranked=True)
         keys = [optimizer.key for optimizer in self.optimizers]

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..config_state import check_config_state, config_state
 from ..logs import log_values
 from ..methods import NonFiniteError
 from . import trainer_checkpoint
@@ -76,7 +77,8 @@ class AdapterCallback(TrainerCallback, ExportableState):
         scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
         groups = self.adapter._groups.state()
         attributes = {"method": self.adapter.method.state_dict(), "scalings": scalings, "groups": groups}
-        return {"args": {}, "attributes": attributes | {"processes": self.adapter.processes.size}}
+        attributes |= {"config": config_state(self.adapter.method), "processes": self.adapter.processes.size}
+        return {"args": {}, "attributes": attributes}
 
     def _restore(self, stateful_callbacks: dict) -> None:
         saved = stateful_callbacks.get(type(self).__name__)
@@ -94,6 +96,11 @@ class AdapterCallback(TrainerCallback, ExportableState):
                     f"Trainer: the checkpoint must be of this adapter's {field} (attach with the configuration it was made with), "
                     f"got a difference in {different[:5]}"
                 )
+        if "config" in saved["attributes"]:  # older checkpoints have none
+            try:
+                check_config_state(self.adapter.method, saved["attributes"]["config"])
+            except ValueError as error:
+                raise ValueError(f"Trainer: {error}") from error
         groups = saved["attributes"].get("groups", {})
         self.adapter._groups.check_state(groups)
         self.adapter.method.check_state(method)

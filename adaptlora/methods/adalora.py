@@ -71,6 +71,7 @@ class AdaLoRA(Method):
     """The method while it trains; `config` is checked against the modules here.  Raises: ValueError (a target_r above the ranks)."""
 
     layer_class = AdaLoraLinear
+    start_fields = Method.start_fields | {"init_r"}
 
     def __init__(self, config: AdaLoRAConfig, layers):
         super().__init__(config, layers)

@@ -43,6 +43,8 @@ class Method:
 
     Attributes: t: optimizer steps made.   t_p, t_c: steps at which a penalty ends and ranks are clipped, where there are such.
         phase: one word for reports.
+        start_fields: fields of the configuration that are not read once the layers are made, or that the state holds: a run that goes on
+            may have others. What the others are, a checkpoint insists on.
     """
 
     layer_class = LoraLinear
@@ -50,6 +52,10 @@ class Method:
     t_p: int | None = None
     t_c: int | None = None
     phase = "fixed"
+    start_fields = frozenset({
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "modules_to_save", "bias", "lora_bias", "init_lora_weights", "keep_original", "seed",
+    })  # fmt: skip
 
     def __init__(self, config, layers: dict[str, nn.Module]):
         """Raises: ValueError (a configuration that does not fit these modules)."""

@@ -23,6 +23,7 @@ class DyLoRA(Method):
     """
 
     layer_class = DyLoraLinear
+    start_fields = Method.start_fields - {"seed"}  # which the ranks of all steps are drawn from
 
     def __init__(self, config: DyLoRAConfig, layers):
         super().__init__(config, layers)

@@ -77,6 +77,8 @@ def _gradient(pair, factor: str) -> torch.Tensor | None:
 class LaLoRA(Method):
     """The method while it trains.  Raises: ValueError (modules of one group with different largest ranks)."""
 
+    start_fields = Method.start_fields - {"r", "rank_pattern"}  # what ranks may grow to
+
     def __init__(self, config: LaLoRAConfig, layers):
         super().__init__(config, layers)
         names = [block_of(name) if config.group_by == "block" else name for name in layers]

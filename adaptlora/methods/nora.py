@@ -131,6 +131,7 @@ class NoRA(Method):
     """The method while it trains: ranks stay what they are."""
 
     nested = True
+    start_fields = Method.start_fields - {"seed"}  # of the outer factors, which no checkpoint holds
 
     @classmethod
     def parameters(cls, config: NoRAConfig, name: str, module: nn.Module) -> int:

@@ -63,6 +63,8 @@ def threshold_ranks(module_scores: list[list[float]], threshold: float, first_be
 class NormAL(Method):
     """The method while it trains; `config` is checked against the modules here.  Raises: ValueError (budget out of range)."""
 
+    start_fields = Method.start_fields | {"t_p", "t_c"}
+
     def __init__(self, config: NormALConfig, layers: dict[str, LoraLinear]):
         super().__init__(config, layers)
         self.full_ranks: dict[str, int] = {}
