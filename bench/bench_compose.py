@@ -68,6 +68,7 @@ def test_compose(compare, quick, model):
         f"{MODELS[model].title}: factors and gradients",
         {name: lambda composition=c: run(composition, modules, upstream) for name, c in compositions.items()},
         floor="adaptlora",
+        graphs=True,
         rounds=51,
         facts={"modules": len(shapes), "r": R, "r_out": R_OUT},
         work=work(shapes),

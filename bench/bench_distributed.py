@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--bytes", action="store_true", help="count bytes and time nothing: for a machine that is busy")
     parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
     options = parser.parse_args()
-    report = {"environment": environment(), "own_network": own_network(), "runs": []}
+    report = {"environment": environment("cpu"), "own_network": own_network(), "runs": []}
     console = Console(width=160)
     for n in options.processes:
         barrier = multiprocessing.get_context("forkserver").Barrier(n)

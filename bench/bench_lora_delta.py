@@ -69,7 +69,9 @@ def definition(operands, dy, dtype, p=0.0, seed=None) -> dict[str, torch.Tensor]
 
 
 def work(M: int, K: int, N: int) -> Work:
-    return Work(4 * (3 * M * K + 3 * M * N + 3 * R * (K + N) + 2 * M * R), 6 * M * R * (K + N))
+    moved = 4 * (3 * M * K + 3 * M * N + 3 * R * (K + N) + 2 * M * R)
+    held = 4 * (2 * M * K + 2 * M * N + 2 * R * (K + N) + M * R)  # x and dx, y and dy, factors and their gradients, S
+    return Work(moved, 6 * M * R * (K + N), footprint=held)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])

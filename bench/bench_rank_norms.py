@@ -51,6 +51,7 @@ def test_norms(compare, quick, model):
         f"{MODELS[model].title}: norms",
         {name: lambda norms=norms, pair=pair: norms(*pair) for name, (norms, *pair) in operands.items()},
         floor="adaptlora",
+        graphs=True,
         rounds=201,
         facts={"modules": modules, "R": R},
         work=Work(4 * (E + 2 * R * modules), 2 * E),

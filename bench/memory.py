@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=memory.STEPS)
     parser.add_argument("--rounds", type=int, default=memory.ROUNDS)
     options = parser.parse_args()
+    reason = memory.unusable()
+    if reason:
+        parser.error(f"memory: {reason}")
     rows = [
         row(provider, dropout, runs)
         for dropout in (0.0, memory.DROPOUT)
@@ -71,7 +74,7 @@ def main() -> None:
     for found in rows:
         table.add_row(*(str(found.get(column, "")) for column in columns))
     Console(width=140).print(table)
-    write_json(RESULT, {"environment": environment(), "steps": options.steps, "rows": rows})
+    write_json(RESULT, {"environment": environment("cpu"), "steps": options.steps, "rows": rows})
 
 
 if __name__ == "__main__":

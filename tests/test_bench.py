@@ -12,8 +12,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import adaptlora.ops.flops  # noqa: F401  (the counter then knows the adapted layers)
-from adaptlora.benchmarks import comparison, layer, memory, models, rank_change, roofline, step, timing, work
-from adaptlora.benchmarks.accuracy import WrongResultError, assert_accurate
+from adaptlora.benchmarks import comparison, layer, memory, models, rank_change, roofline, step, svd, timing, work
+from adaptlora.benchmarks.accuracy import WrongResultError
 from adaptlora.benchmarks.case import Case, Options
 from adaptlora.benchmarks.harness import Interleaved, Report
 from adaptlora.benchmarks.plots import draw
@@ -39,6 +39,18 @@ def test_the_work_of_a_layer_by_hand():
     # siblings share x and dx
     three = work.layer(3, 5, 7, 2, torch.float32, siblings=3)
     assert three.bytes == 3 * adapted.bytes - 2 * 4 * 3 * 15 and three.flops == 3 * adapted.flops
+    # f(K + N)R = 4·2·12 twice, with S 2 values; products of 2 columns: 2·2·12 multiply-adds, twice
+    assert work.low_rank_svd(5, 7, 2) == Work(4 * (24 + 24 + 2), 2 * (2 * 48))
+    # W (35) twice, 3 vectors of 5 and of 7; a sketch and a projection, 2·35·3 FLOPs each
+    assert work.randomized_svd(5, 7, 3) == Work(4 * (70 + 36), 2 * 210, footprint=4 * (35 + 36))
+    # parameter, gradient and two moments read, all but the gradient written
+    assert work.adamw(10) == Work(4 * (40 + 30), 0, footprint=4 * 40)
+    # 2 texts of 3 tokens, width 4: QKᵀ and ·V are 2·9·4 multiply-adds a text; causal 2·6·4; backward twice as many
+    assert work.attention(6, 3, 4, 1) == 3 * 2 * 2 * 72 and work.attention(6, 3, 4, 1, causal=True) == 3 * 2 * 2 * 48
+    # one adapted linear, the frozen 7 → 11 after it (x, y, dy, dx: 2·21 + 2·33, W twice: 2·77), AdamW over 2·12 numbers
+    whole = work.training_step([(5, 7, 2, True, True)], [(7, 11)], 3, 1000)
+    assert whole.bytes == adapted.bytes + 4 * (42 + 66 + 154) + 28 * 24
+    assert whole.flops == 1000 + adapted.flops + 4 * 3 * 77
     assert work.rank_change(100).bytes == 2400 and work.penalty(100).bytes == work.shrink(100).bytes == 1200
 
 
@@ -92,21 +104,41 @@ def test_a_provider_with_a_wrong_result_is_refused():
         layer.layer_case(point, CPU, name="a case", compiled=False, layers={"not right": wrong})
 
 
-def test_the_floor_grows_with_the_root_of_long_sums_in_full_precision_alone():
-    exact = torch.full((4,), 1.0, dtype=torch.float64)
-    for dtype, wrong, terms, right in (
-        (torch.float32, 2**-19, 512, False),  # twice the floor
-        (torch.float32, 2**-19, 4 * 512, True),
-        (torch.float32, 2**-18, 4 * 512, False),
-        (torch.bfloat16, 2**-7, 64 * 512, False),
-    ):
-        out = (exact + wrong).to(dtype)
-        try:
-            assert_accurate("y", out, exact, exact.to(dtype), terms=terms)
-        except WrongResultError:
-            assert not right
-        else:
-            assert right
+def test_our_layers_are_checked_with_the_masks_that_are_timed(monkeypatch):
+    class Unscaled(layer.LoraLinear):
+        """Right without dropout; with it dx is another one."""
+
+        def forward(self, x):
+            if self.training:
+                x.register_hook(lambda grad: 1.01 * grad)
+            return super().forward(x)
+
+    def unscaled(base, lora_A, lora_B, p):
+        made = right(base, lora_A, lora_B, p)
+        made.__class__ = Unscaled
+        return made
+
+    right = layer.our_layer
+    point = layer.Point(8, 16, 16, 2, 0.5, torch.float32)
+    layer.group_case(point, CPU)
+    monkeypatch.setattr(layer, "our_layer", unscaled)
+    with pytest.raises(WrongResultError, match="a case: adaptlora, training: dx: error"):
+        layer.layer_case(point, CPU, name="a case", compiled=False)
+    monkeypatch.setattr(layer, "our_layer", right)
+    seeds = iter(range(100))
+    monkeypatch.setattr(layer, "new_seed", lambda device: torch.tensor(next(seeds)))
+    with pytest.raises(WrongResultError, match="adaptlora, 3 layers, training: y: error"):
+        layer.group_case(point, CPU)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["U", "S", "Vh"])
+def test_triplets_of_which_a_part_is_wrong_are_refused(part):
+    W = svd.decaying(12, 20, CPU)
+    triplets = list(torch.linalg.svd(W, full_matrices=False))
+    svd.assert_triplets("svd", [triplets], [W], 4, off=1e-5, least=1e-5)
+    triplets[part] = torch.zeros_like(triplets[part])
+    with pytest.raises(WrongResultError, match="is off by 1" if part == 1 else "lacks 1 of the best product"):
+        svd.assert_triplets("svd", [triplets], [W], 4, off=1e-5, least=1e-5)
 
 
 def test_a_step_that_trains_otherwise_and_a_change_that_keeps_others_are_refused(monkeypatch):

@@ -11,9 +11,6 @@ import torch
 # One unit roundoff for the half types, whose error is that of storing the result; 16 for float32 and 1024 for float64,
 # whose error is that of summing in another order.
 FLOOR = {torch.float64: 2**-43, torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-# Sums as long as this are what the floors are for. The error of n terms, one added to the next, grows as √n: measured in float32, one
-# thread, M = 512 → 8192: 0.42 → 1.6e-6 for our dA and dB and 0.50 → 1.6e-6 for eager's dB, whereas eager's dA stays at 0.64e-6.
-SUMMED = 512
 NORMS = (2, math.inf)
 
 
@@ -30,14 +27,11 @@ def errors(out: torch.Tensor, exact: torch.Tensor) -> list[float]:
     return [error / scale if scale else error for error, scale in norms]
 
 
-def assert_accurate(
-    name: str, out: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, *, precision=None, terms: int = SUMMED
-) -> None:
+def assert_accurate(name: str, out: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, *, precision=None) -> None:
     """
     Args:
         out: what is tested.   exact: the float64 result.   eager: plain torch operations in the dtypes of `out`.
         precision: dtype whose floor counts, by default that of `out` (autocast computes in another).
-        terms: of the longest sum that an element is; beyond `SUMMED` the floor of float32 and float64 grows with its root.
     Raises: WrongResultError.
     """
     assert exact.dtype == torch.float64, f"{name}: the exact result must be float64, got {exact.dtype}"
@@ -45,10 +39,7 @@ def assert_accurate(
         raise WrongResultError(f"{name}: shape {tuple(out.shape)}, expected {tuple(exact.shape)}")
     if out.dtype != eager.dtype:
         raise WrongResultError(f"{name}: dtype {out.dtype}, expected {eager.dtype}")
-    precision = precision or out.dtype
-    floor = FLOOR[precision]
-    if precision.itemsize >= 4:  # the floor of the half types is the rounding of the result, however many terms it has
-        floor *= max(1.0, math.sqrt(terms / SUMMED))
+    floor = FLOOR[precision or out.dtype]
     for norm, ours, theirs in zip(NORMS, errors(out, exact), errors(eager, exact), strict=True):
         bound = 2 * theirs + floor
         if not ours <= bound:  # so that a NaN on either side fails
@@ -57,8 +48,8 @@ def assert_accurate(
             )
 
 
-def assert_all_accurate(out: dict, exact: dict, eager: dict, *, precision=None, terms: int = SUMMED) -> None:
+def assert_all_accurate(out: dict, exact: dict, eager: dict, *, precision=None) -> None:
     """`assert_accurate` for every entry; all three dicts name the same results."""
     assert out.keys() == exact.keys() == eager.keys()
     for name in exact:
-        assert_accurate(name, out[name], exact[name], eager[name], precision=precision, terms=terms)
+        assert_accurate(name, out[name], exact[name], eager[name], precision=precision)

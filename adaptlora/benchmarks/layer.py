@@ -57,11 +57,6 @@ class Point:
     def frozen(self) -> Work:
         return work.layer(self.M, self.K, self.N, 0, self.dtype)
 
-    @property
-    def terms(self) -> int:
-        """Of the longest sum: over M for dA and dB, over K for y, over N for dx."""
-        return max(self.M, self.K, self.N)
-
     def facts(self) -> dict[str, object]:
         return {
             "M": self.M, "K": self.K, "N": self.N, "R": self.R, "dropout": self.p, "dtype": str(self.dtype),
@@ -153,20 +148,53 @@ def exact(base, x, lora_A, lora_B, dy) -> tuple[dict, dict]:
     return outs[0], outs[1]
 
 
-def assert_mask_right(layer: LoraLinear, x, terms: int) -> None:
-    """While training our layer is its definition with the mask that torch's generator gives."""
-    torch.manual_seed(7)
-    y = layer(x)
-    torch.manual_seed(7)
-    factors = layer.weight, layer.bias, layer.lora_A, layer.lora_B
-    seed = new_seed(x.device)
-    exact, eager = (
-        lora_linear_ref(
-            x.to(d), *(f.to(d) for f in factors), scaling=layer.scaling, dropout_p=layer.dropout_p, seed=seed
+def with_masks(layers, x, dys, seeds) -> tuple[dict, dict]:
+    """The definition of training LoraLinears with the masks of these seeds, in float64 and in the dtype of x: y, dA, dB of each, and dx."""
+    outs = []
+    for dtype in (torch.float64, x.dtype):
+        x_, *factors = (
+            t.detach().to(dtype).requires_grad_()
+            for t in (x, *(f for each in layers for f in (each.lora_A, each.lora_B)))
         )
-        for d in (torch.float64, x.dtype)
-    )
-    assert_accurate("y", y, exact, eager, terms=terms)
+        ys = [
+            lora_linear_ref(
+                x_, layer.weight.to(dtype), layer.bias.to(dtype), *factors[2 * i : 2 * i + 2], scaling=layer.scaling,
+                dropout_p=layer.dropout_p, seed=seed,
+            )
+            for i, (layer, seed) in enumerate(zip(layers, seeds, strict=True))
+        ]  # fmt: skip
+        dx, *grads = torch.autograd.grad(ys, [x_, *factors], [dy.to(dtype) for dy in dys])
+        if dtype != torch.float64:  # the factors' gradients have the factors' dtype
+            grads = [grad.to(layers[0].lora_A.dtype) for grad in grads]
+        outs.append(_named([y.detach() for y in ys], dx, grads))
+    return outs[0], outs[1]
+
+
+def _named(ys, dx, grads) -> dict[str, torch.Tensor]:
+    names = [f"{name}{i or ''}" for i in range(len(ys)) for name in ("dA", "dB")]
+    return {f"y{i or ''}": y for i, y in enumerate(ys)} | {"dx": dx} | dict(zip(names, grads, strict=True))
+
+
+def assert_masks_right(title: str, forward, layers, x, dys) -> None:
+    """
+    As they are timed, with dropout, our layers give y and all gradients of their definition, with the masks that torch's generator gives.
+
+    Args: forward: x → the layers' y's.   layers: LoraLinears, in the order in which they draw.
+    Raises: WrongResultError.
+    """
+    x.grad = None
+    for layer in layers:
+        layer.train().zero_grad()
+    torch.manual_seed(7)
+    ys = forward(x)
+    torch.autograd.backward(ys, dys)
+    found = _named([y.detach() for y in ys], x.grad, [f.grad for each in layers for f in (each.lora_A, each.lora_B)])
+    torch.manual_seed(7)
+    seeds = [new_seed(x.device) for _ in layers]
+    try:
+        assert_all_accurate(found, *with_masks(layers, x, dys, seeds), precision=x.dtype)
+    except AssertionError as error:
+        raise type(error)(f"{title}, training: {error}") from error
 
 
 def _normal(*shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -210,7 +238,7 @@ def layer_case(
     def check(title: str) -> None:
         layer = made[title].eval()
         try:
-            assert_all_accurate(results(layer, x, dy), truth, eager, precision=point.dtype, terms=point.terms)
+            assert_all_accurate(results(layer, x, dy), truth, eager, precision=point.dtype)
         except AssertionError as error:
             raise type(error)(f"{name}: {title}: {error}") from error
         step(layer.train(), x, dy)
@@ -218,7 +246,7 @@ def layer_case(
     providers, unavailable = usable(
         {title: lambda layer=each: step(layer, x, dy) for title, each in made.items()}, check
     )
-    assert_mask_right(made[OURS], x, point.terms)
+    assert_masks_right(f"{name}: {OURS}", lambda x: [made[OURS](x)], [made[OURS]], x, [dy])
     counted = {FROZEN: point.frozen, **dict.fromkeys(providers, point.adapted)}
     return Case(
         name, {FROZEN: lambda: step(base, x, dy), **providers}, FROZEN, rounds_for(point), unavailable=unavailable,
@@ -269,8 +297,10 @@ def group_case(point: Point, device: torch.device, *, siblings: int = 3) -> Case
         if title != floor:
             factors = {name: p.grad for name, p in group.named_parameters() if "lora_" in name}
             for i, triple in enumerate(zip([x.grad, *factors.values()], truth, eager, strict=True)):
-                assert_accurate(f"{title}: gradient {i}", *triple, precision=point.dtype, terms=point.terms)
+                assert_accurate(f"{title}: gradient {i}", *triple, precision=point.dtype)
         group.train()
+    for title in list(groups)[2:]:
+        assert_masks_right(title, groups[title], ours, x, dys)
     counted = [work.layer(point.M, point.K, point.N, r, point.dtype, siblings=siblings) for r in (0, point.R)]
     return Case(
         f"{siblings} × {point.K}×{point.N} of one x, dropout {point.p}",

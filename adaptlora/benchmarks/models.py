@@ -259,5 +259,6 @@ def step_work(model: nn.Module, name: str, texts: int, tokens: int, ranks: dict[
         )
         for i, (path, linear) in enumerate(adapted(model, name))
     ]
+    attention = work.attention(M, tokens, dims.width, dims.blocks, causal=name == "smollm2")
     head = [(dims.width, dims.fields["vocab_size"])] if name == "smollm2" else []
-    return work.training_step(linears, head, M, work.attention(M, tokens, dims.width, dims.blocks))
+    return work.training_step(linears, head, M, attention)

@@ -112,6 +112,9 @@ def training_step(
     return total + adamw(sum(R * (K + N) for K, N, R, *_ in linears))
 
 
-def attention(M: int, tokens: int, width: int, blocks: int) -> int:
-    """FLOPs of QKᵀ and of its product with V, for texts of `tokens` tokens, M in all: 4·M·tokens·width forward, twice that backward."""
-    return blocks * 12 * M * tokens * width
+def attention(M: int, tokens: int, width: int, blocks: int, *, causal: bool = False) -> int:
+    """
+    FLOPs of QKᵀ and of its product with V, for texts of `tokens` tokens, M in all: 4·M·tokens·width forward, twice that backward.
+    Causal: a token sees itself and those before it, (tokens + 1) / 2 in the mean.
+    """
+    return blocks * (6 * M * (tokens + 1) * width if causal else 12 * M * tokens * width)
