@@ -14,7 +14,8 @@ gradient and AdamW's moments in float32, and for the step its x, 4·M·K. The pe
     rank change    every module to half its rank, AdamW's state included: by hand with PEFT, which has no call for it; adaptlora
 
 The providers of a point are interleaved; a point's times are medians with quartiles. Before it is timed, gradients of both packages are
-compared, and losses after their rank changes. Exponents: growth_fit.py. Predictions, which are none of the measurements: growth_predict.py.
+compared, and what their rank changes leave of factors and moments with what was there. Exponents: growth_fit.py. Predictions, which are
+none of the measurements: growth_predict.py.
 """
 
 import argparse
@@ -82,28 +83,37 @@ def comparable(found: dict) -> dict:
 
 
 def read(path: Path) -> dict:
-    """Raises: UnusableResults (no file, no JSON, or another benchmark's)."""
+    """Raises: UnusableResults (no file, no JSON, another benchmark's, or parts of it missing)."""
     if not path.is_file():
         raise UnusableResults(f"cost_growth: {path} must be there: run without --table first")
-    text = path.read_text(encoding="utf-8")
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, no JSON
         raise UnusableResults(f"cost_growth: {path} must be JSON that cost_growth wrote, got {error}") from error
     if not isinstance(content, dict) or content.get("benchmark") != BENCHMARK:
         found = content.get("benchmark") if isinstance(content, dict) else type(content).__name__
         raise UnusableResults(f"cost_growth: {path} must be results with benchmark {BENCHMARK!r}, got {found!r}")
+    for part, kind in (("environment", dict), ("settings", dict), ("points", list)):
+        if not isinstance(content.get(part), kind):
+            raise UnusableResults(f"cost_growth: {path} must have {part}, a {kind.__name__}, got {content.get(part)!r}")
+    for row in content["points"]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(part), dict) for part in ("point", "ms", "bytes")):
+            raise UnusableResults(f"cost_growth: {path} must have point, ms and bytes of each point, got {row!r}")
+        if row["point"].keys() != asdict(Point()).keys():
+            raise UnusableResults(
+                f"cost_growth: {path} must have points with {list(asdict(Point()))}, got {row['point']}"
+            )
     return content
 
 
-def resumed(path: Path, quick: bool) -> dict:
+def resumed(path: Path, quick: bool, fresh: bool = False) -> dict:
     """
-    The results so far, or new ones without points.
+    The results so far, or new ones without points; fresh: these, whatever there is.
 
     Raises: UnusableResults: not ours, or measured with other settings, on another machine or with other versions.
     """
     mine = {"benchmark": BENCHMARK, "environment": environment(), "settings": settings(quick), "points": []}
-    if not path.exists():
+    if fresh or not path.exists():
         return mine
     found = read(path)
     for part, here, there in (
@@ -154,9 +164,13 @@ def measured(point: Point, quick: bool) -> dict:
     return {"point": asdict(point), "load": load, "ms": times, "bytes": models.peaks()}
 
 
-def measure(path: Path, quick: bool, say=print) -> dict:
-    """All points that `path` lacks, each stored as it is there.  Raises: UnusableResults."""
-    content = resumed(path, quick)
+def measure(path: Path, quick: bool, *, fresh: bool = False, say=print) -> dict:
+    """
+    All points that `path` lacks, each stored as it is there; fresh: all points, and the first of them replaces what `path` held.
+
+    Raises: UnusableResults.
+    """
+    content = resumed(path, quick, fresh)
     present = [Point(**row["point"]) for row in content["points"]]
     wanted = points(quick)
     for i, point in enumerate(wanted, 1):
@@ -313,14 +327,12 @@ def main() -> int:
     try:
         if options.table:
             content = read(path)
-            if "fits" not in content:
+            if not ("fits" in content and "predictions" in content):
                 raise UnusableResults(f"cost_growth: {path} must be complete: run without --table, which goes on")
             show(content)
             return 0
-        if options.fresh:
-            path.unlink(missing_ok=True)
         gc.freeze()  # the libraries' objects, which the collector would otherwise look through in every round
-        content = complete(measure(path, options.quick, say=console.print))
+        content = complete(measure(path, options.quick, fresh=options.fresh, say=console.print))
     except UnusableResults as error:
         console.print(str(error))
         return 2

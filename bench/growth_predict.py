@@ -115,13 +115,15 @@ def communicated(decoder: Decoder, start: int, average: float, n: int) -> list[d
 
 
 def on_an_h100(decoder: Decoder, start: int, average: float) -> dict:
-    """Seconds from byte counts: the penalty of all `start` ranks, a change to `average`, and the step's compute."""
+    """Seconds from byte counts: the penalty of all `start` ranks, a change to `average` (None without one), the step's compute."""
     shapes = decoder.linears()
     compute = communication.step_seconds(decoder, Trained("", start), 1, "DDP", Network(), communication.TOKENS)[
         "compute"
     ]
     penalty = work.penalty(round(communication.factor_numbers(shapes, start))).bytes / H100.bandwidth
-    change = work.rank_change(round(communication.factor_numbers(shapes, average))).bytes / H100.bandwidth
+    change = None
+    if average != start:
+        change = work.rank_change(round(communication.factor_numbers(shapes, average))).bytes / H100.bandwidth
     return {"start": start, "average": average, "step_s": compute, "penalty_s": penalty, "rank change_s": change}
 
 
@@ -138,7 +140,9 @@ def predictions(points: list[dict], decoder: Decoder = DECODER, devices: int = D
         row = {"start": start, "average": average}
         for (quantity, provider), model in models.items():
             rank = average if quantity == "step" else start  # the step after the change, the penalty before it
-            row[f"{quantity}, {provider}"] = asdict(model(shapes, rank, average, communication.TOKENS))
+            nothing = quantity == "rank change" and start == average
+            found = None if nothing else asdict(model(shapes, rank, average, communication.TOKENS))
+            row[f"{quantity}, {provider}"] = found
         times.append(row)
     return {
         "what": "predicted from fits and byte counts, simulated: nothing here has been measured",
@@ -201,13 +205,15 @@ def prediction_tables(found: dict) -> list[tuple[str, list[str], list[list[str]]
             time = row[f"{quantity}, {provider}"]
             cells.append(
                 f"{time['seconds']:.2g} s, {_share(time['seconds'], step['seconds'])} (×/÷ {time['factor']:.1f})"
+                if time
+                else "–"
             )
         here.append(cells)
     gpu = [
         [_ranks(row), f"{row['step_s']:.2f} s"]
         + [
-            f"{1e3 * row[f'{part}_s']:.2f} ms, {_share(row[f'{part}_s'], row['step_s'])}"
-            for part in ("penalty", "rank change")
+            "–" if seconds is None else f"{1e3 * seconds:.2f} ms, {_share(seconds, row['step_s'])}"
+            for seconds in (row["penalty_s"], row["rank change_s"])
         ]
         for row in found["times_h100"]
     ]

@@ -15,9 +15,10 @@ import cost_growth
 import growth_predict
 from communication import Decoder
 from growth_fit import growth, nonnegative, offset, power
-from growth_models import FROZEN, OURS, PEFT, Point
+from growth_models import FROZEN, OURS, PEFT, Models, Point, check_changes
 
 import adaptlora
+from adaptlora.benchmarks.accuracy import WrongResultError
 
 SMALL = Decoder("small", layers=2, hidden=16, intermediate=24, kv=8, vocabulary=40)
 SIZES = 2.0 ** np.arange(9)
@@ -164,15 +165,40 @@ def test_foreign_results_are_refused_and_stay(results, monkeypatch, capsys):
     assert "must be JSON that cost_growth wrote" in refused("# notes")
     assert "must be results with benchmark 'cost_growth', got None" in refused('{"points": []}', "--table")
     assert "got 'list'" in refused("[]")
-    assert "must be complete" in refused('{"benchmark": "cost_growth", "points": []}', "--table")
+    assert "must have environment, a dict, got None" in refused('{"benchmark": "cost_growth"}')
     here = cost_growth.resumed(results.with_name("new.json"), quick=True)
+    assert "must be complete" in refused(json.dumps(here), "--table")
+    assert "must have point, ms and bytes of each point, got 3" in refused(json.dumps(here | {"points": [3]}))
+    row = made_up(Point(), quick=True)
+    assert "must have points with ['rank', " in refused(json.dumps(here | {"points": [row | {"point": {"rank": 1}}]}))
     assert "must have been measured with this settings" in refused(json.dumps(here | {"settings": {"base": {}}}))
     other = here | {"environment": here["environment"] | {"machine": {"cpu": "abacus"}}}
     assert "must have been measured with this machine" in refused(json.dumps(other))
+    results.write_bytes(b"\xff\xfe")
+    assert cost_growth.main() == 2 and results.read_bytes() == b"\xff\xfe"
+    assert "must be JSON that cost_growth wrote" in " ".join(capsys.readouterr().err.split())
     # How busy the machine was is no reason.
     busy = here | {"environment": here["environment"] | {"load_before": 99.0}}
     results.write_text(json.dumps(busy))
     assert cost_growth.resumed(results, quick=True)["points"] == []
+
+
+def test_fresh_results_replace_old_ones_when_there_is_a_point(results, monkeypatch):
+    results.parent.mkdir()
+    results.write_text("old")
+    asked = []
+
+    def stopped(point, quick):
+        asked.append(results.read_text() == "old")
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return made_up(point, quick)
+
+    monkeypatch.setattr(cost_growth, "measured", stopped)
+    monkeypatch.setattr(sys, "argv", ["cost_growth.py", "--quick", "--fresh", "--results", str(results)])
+    with pytest.raises(KeyboardInterrupt):
+        cost_growth.main()
+    assert asked == [True, False] and len(json.loads(results.read_text())["points"]) == 1
 
 
 def test_whole_run_fits_predicts_draws_and_prints(results, monkeypatch, capsys):
@@ -200,13 +226,20 @@ def test_whole_run_fits_predicts_draws_and_prints(results, monkeypatch, capsys):
         moved = 3e-3 * (560 * 0.02 + 1e-6 * numbers * average / 4)
         assert row[f"rank change, {PEFT}"]["seconds"] == pytest.approx(moved, rel=1e-3)
     assert printed.count("not measured") == 4 and "| 8 → 4 |" in printed
+    unchanged = [line for line in printed.splitlines() if line.startswith("| 8 | ")]
+    assert [line.count(" – |") for line in unchanged] == [
+        0,
+        0,
+        2,
+        1,
+    ]  # the change's columns, of times here and on an H100
     with Image.open(results.with_suffix(".png")) as image:
         image.verify()
     monkeypatch.setattr(sys, "argv", ["cost_growth.py", "--table", "--results", str(results)])
     assert cost_growth.main() == 0 and capsys.readouterr().out == printed
 
 
-def test_measured_point():
+def test_measured_point(monkeypatch):
     row = cost_growth.measured(Point(rank=4, modules=2, tokens=8, width=16), quick=True)
     assert {name: set(of) for name, of in row["ms"].items()} == {
         name: set(cost_growth.PROVIDERS[name]) for name in ("step", "penalty", "rank change")
@@ -215,5 +248,17 @@ def test_measured_point():
     # Factors, moments and gradients of 2 · 4 · 32 numbers, and x of the second module.
     assert all(row["bytes"][provider] >= 16 * 2 * 4 * 32 + 4 * 8 * 16 for provider in (PEFT, OURS))
     assert 0 < row["bytes"][FROZEN] < row["bytes"][OURS]
+    changes = Models(Point(rank=4, modules=2, tokens=8, width=16)).rank_changes()
+    names = list(changes[OURS].pairs)
+    for title, change in changes.items():
+        for i in range(6):  # each of both factors and their moments
+
+            def wrong(name, rows=change.rows, i=i):
+                return [part + (j == i and len(part) == 2) for j, part in enumerate(rows(name))]
+
+            with monkeypatch.context() as patch:
+                patch.setattr(change, "rows", wrong)
+                with pytest.raises(WrongResultError, match=f"{title}: layers.0 does not keep its first 2 vectors"):
+                    check_changes(changes, names, 2)
     first = cost_growth.measured(Point(rank=1, modules=2, tokens=8, width=16), quick=True)
     assert "rank change" not in first["ms"]
