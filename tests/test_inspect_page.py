@@ -158,11 +158,22 @@ def test_a_page_that_was_tampered_with_neither_runs_nor_loads_and_says_so(browse
         browser.open(path.as_uri())
         assert "Content Security Policy" in "".join(browser.said), added
         assert browser.run("window.hacked") is None
-    path.write_text(text.replace("</main>", "</main>").replace('"kinds"', '"kind"'))
+    path.write_text(text.replace('"kinds"', '"kind"'))
     browser.open(path.as_uri())
     assert "could not be drawn" in browser.texts("#problem")[0] and browser.run(
         "document.documentElement.dataset.error"
     )
+
+
+def test_more_ranks_and_norms_than_a_call_has_room_for(browser, tmp_path):
+    """560 modules as LLaMA-3 70B has them: of rank 256, over more steps than the page has columns for."""
+    modules = stack(80, [256], [f"part.{kind}" for kind in "abcdefg"], K=1, N=1)
+    history = {"groups": {name: [name] for name in modules}, "start": [256] * 560, "changes": [], "steps": 500}
+    found = inspect_adapter(write(tmp_path / "x", modules, history))
+    shown(browser, save_page(found, tmp_path / "x.html"))
+    assert len(browser.texts(".modules tbody tr")) == 560 and len(browser.texts(".charts .context")) == 2 * 559
+    browser.run("document.querySelector('.steps svg').focus()")
+    assert browser.texts(".steps .readout") == [f"step 0, {next(iter(modules))}: rank 256; sum 143,360"]
 
 
 def test_size_of_two_adapters_of_210_modules(tmp_path):

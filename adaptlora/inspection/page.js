@@ -41,6 +41,9 @@
   const percent = (value) => (value === null ? DASH : `${(100 * value).toFixed(1)} %`);
   const signed = (value) => (value === null ? DASH : value > 0 ? `+${value}` : String(value).replace("-", "−"));
   const change = ({ ranks }) => (ranks.includes(null) ? null : ranks[1] - ranks[0]);
+  // Not Math.max(...values): the values of hundreds of modules are more than a call has room for.
+  const largest = (values, least) => values.reduce((most, value) => (value > most ? value : most), least);
+  const smallest = (values) => values.reduce((least, value) => (value < least ? value : least), Infinity);
   const limit = (value, low, high) => Math.min(high, Math.max(low, value));
 
   function describe(module) {
@@ -130,12 +133,12 @@
   }
 
   function heatMaps() {
-    const highest = Math.max(1, ...modules.flatMap((module) => module.ranks));
+    const highest = largest(modules.flatMap((module) => module.ranks), 1);
     const maps = labels.map((label, side) => heatMap({
       caption: two ? `Ranks of ${label}` : "Ranks", value: (module) => module.ranks[side], text: String, top: highest,
     }));
     if (two) {
-      const most = Math.max(1, ...modules.map((module) => Math.abs(change(module) ?? 0)));
+      const most = largest(modules.map((module) => Math.abs(change(module) ?? 0)), 1);
       maps.push(heatMap({ caption: `Difference of ranks: ${labels[1]} − ${labels[0]}`, value: change, text: signed, top: most, diverging: true }));
       maps.push(heatMap({
         caption: "Overlap of the column spaces of ΔW, in %", top: 1, text: (value) => (100 * value).toFixed(0),
@@ -166,10 +169,10 @@
   /* series: one array of numbers or null for each label; context: pale ones of other modules. */
   function chart({ title, across, up, series, names = labels, context = [], logarithmic = false, top = null, marks = null }) {
     const shown = series.map((values) => values ?? []);
-    const count = Math.max(1, ...shown.map((values) => values.length), ...context.map((values) => values.length));
+    const count = largest([...shown, ...context].map((values) => values.length), 1);
     const all = [...shown, ...context].flat().filter((value) => value > 0);
     if (!all.length) logarithmic = false;
-    const high = top ?? (Math.max(0, ...all) * 1.05 || 1), low = logarithmic ? Math.max(Math.min(...all), high * 1e-8) * 0.9 : 0;
+    const high = top ?? (largest(all, 0) * 1.05 || 1), low = logarithmic ? Math.max(smallest(all), high * 1e-8) * 0.9 : 0;
     const scale = logarithmic ? Math.log : (value) => value;
     const x = (i) => LEFT + (count === 1 ? 0.5 : i / (count - 1)) * (WIDTH - LEFT - RIGHT);
     const y = (value) => TOP + (1 - (scale(Math.max(value, low)) - scale(low)) / (scale(high) - scale(low))) * (HEIGHT - TOP - BOTTOM);
@@ -219,7 +222,7 @@
       const at = ((event.clientX - box.left) / box.width) * WIDTH;
       read(Math.round(((at - LEFT) / (WIDTH - LEFT - RIGHT)) * (count - 1)));
     });
-    const longest = Math.max(...shown.map((values) => values.length));
+    const longest = largest(shown.map((values) => values.length), 0);
     const rows = Array.from({ length: longest }, (_, i) => el("tr", {}, el("th", { scope: "row" }, String(i + 1)), ...shown.map((values) => el("td", {}, short(values[i] ?? null)))));
     const heads = names.map((name) => el("th", { scope: "col" }, name || up));
     const table = el("div", { class: "scroll" }, el("table", { class: "values" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, across), ...heads)), el("tbody", {}, ...rows)));
@@ -257,7 +260,7 @@
 
   function overSteps(adapter) {
     const { groups, steps, ranks, ticks: labelled } = adapter.history;
-    const high = Math.max(1, ...ranks.flat());
+    const high = largest(ranks.flat(), 1);
     const row = limit(320 / groups.length, 3, 22), bottom = TOP + row * groups.length, height = bottom + 110;
     const width = 920, right = width - 28, last = Math.max(1, steps.at(-1));
     const x = (step) => LEFT + (step / last) * (right - LEFT);
@@ -272,7 +275,7 @@
       }
     });
     const sums = steps.map((_, i) => ranks.reduce((sum, values) => sum + values[i], 0));
-    const most = Math.max(1, ...sums), y = (sum) => height - 36 - (sum / most) * 60;
+    const most = largest(sums, 1), y = (sum) => height - 36 - (sum / most) * 60;
     const title = `Ranks over the steps${two ? ` of ${adapter.label}` : ""}, from ${adapter.history.file}`;
     const readout = el("p", { class: "readout", "aria-live": "polite" });
     const cursor = draw("path", { class: "cursor" });
