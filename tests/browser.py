@@ -55,16 +55,31 @@ class Browser:
         os.close(theirs_in)
         os.close(theirs_out)
         self._session = None
-        targets = self.call("Target.getTargets")["targetInfos"]
-        tab = next(target["targetId"] for target in targets if target["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
+        try:
+            self._session = self.call("Target.attachToTarget", targetId=self._tab(), flatten=True)["sessionId"]
+            for domain in ("Page", "Network", "Runtime", "Log"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _tab(self) -> str:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:  # it answers before it has a tab
+            for target in self.call("Target.getTargets")["targetInfos"]:
+                if target["type"] == "page":
+                    return target["targetId"]
+            time.sleep(0.1)
+        raise TimeoutError("the browser has no tab")
 
     def __exit__(self, *exception) -> None:
         self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         os.close(self._in)
         os.close(self._out)
 
