@@ -1,8 +1,10 @@
 """The benchmarks: what is counted, what is refused, what is written, and what counts as a regression."""
 
 import copy
+import importlib.util
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -511,3 +513,47 @@ def test_the_collector_runs_again_after_a_provider_that_fails():
     with pytest.raises(RuntimeError, match="no"):
         Interleaved({"a": fail}, timing.CpuTimer())()
     assert gc.isenabled()
+
+
+# make bench
+
+
+@pytest.fixture
+def bench_plugin(request, tmp_path, monkeypatch):
+    """bench/conftest.py, with folders of the test's own."""
+    spec = importlib.util.spec_from_file_location("bench_conftest", request.config.rootpath / "bench" / "conftest.py")
+    plugin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plugin)
+    monkeypatch.setattr(plugin, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plugin, "PARTIAL", tmp_path / "partial")
+    return plugin
+
+
+@pytest.mark.parametrize(
+    ("why", "folder"),
+    [("", "results"), ("failed", "partial"), ("deselected", "partial"), ("interrupted", "partial"), ("one", "partial")],
+)
+def test_a_stored_result_is_replaced_by_a_whole_file_alone(bench_plugin, tmp_path, why, folder):
+    options = {"--quick": False, "--results": None}
+    config = SimpleNamespace(
+        stash=pytest.Stash(), option=SimpleNamespace(), getoption=options.get,
+        args=["bench/bench_x.py::test_1" if why == "one" else "bench"],
+    )  # fmt: skip
+    items = [SimpleNamespace(path=Path("bench_x.py"), nodeid=f"test_{i}", config=config) for i in range(2)]
+    bench_plugin.pytest_configure(config)
+    left_out = {"deselected": items[1:], "one": items[1:]}.get(why, [])
+    bench_plugin.pytest_collection_modifyitems(config, [item for item in items if item not in left_out])
+    if why == "deselected":
+        bench_plugin.pytest_deselected(left_out)
+    for item in items[:1] if left_out or why == "interrupted" else items:
+        for when in ("setup", "call", "teardown"):
+            hook = bench_plugin.pytest_runtest_makereport(item, None)
+            next(hook)
+            report = SimpleNamespace(failed=why == "failed" and when == "call", when=when)
+            with pytest.raises(StopIteration):
+                hook.send(SimpleNamespace(get_result=lambda report=report: report))
+    config.stash[bench_plugin.REPORT].add("bench_x", Case("a", {"a": int}, "a", 1).measure(Options(CPU), None))
+    bench_plugin.pytest_sessionfinish(SimpleNamespace(config=config))
+    assert [path.parent.name for path in tmp_path.rglob("*.json")] == [folder]
+    (line,) = config.stash[bench_plugin.WRITTEN]
+    assert ("is as it was" in line) is (folder == "partial")

@@ -167,7 +167,7 @@ def ratio_bars(cases: list[Mapping], path: Path, machine: str = "") -> Path:
 def roofline(content: Mapping, path: Path) -> Path:
     """
     GFLOP/s against FLOPs a byte, log by log: each provider's median in each case that has FLOPs, under the roofs of this machine. The
-    slanted roofs are the bandwidths of the largest memory measured and of the fastest, a cache's; the flat ones the peaks by dtype.
+    slanted roofs are the bandwidths of the largest memory measured and of the fastest (a CPU's cache); the flat ones the peaks by dtype.
     """
     limits = content["environment"]["limits"]
     figure, axes = _axes(9.6, 4.8)
@@ -181,9 +181,10 @@ def roofline(content: Mapping, path: Path) -> Path:
     # so far to the left that every roof is seen to slant
     low = min(0.5 * min(intensities), 0.2 * min(peaks) / max(rate for _, rate in bandwidths))
     high, top = 2 * max(intensities), max(peaks)
+    fastest = "the fastest measured" if content["environment"].get("device") == "cuda" else "the fastest cache measured"
     for (mib, rate), line, where in (
         (bandwidths[-1], "-", "memory"),
-        (max(bandwidths, key=lambda entry: entry[1]), ":", "the fastest cache measured"),
+        (max(bandwidths, key=lambda entry: entry[1]), ":", fastest),
     ):
         end = top / rate
         axes.plot([low, end], [low * rate, end * rate], line, color=MUTED, label=f"{rate:g} GB/s, {where} ({mib} MiB)")

@@ -113,7 +113,7 @@ def dense_case(name: str, rank: int, device: torch.device) -> Case:
         "adaptlora, randomized_svd": lambda W: randomized_svd(W, rank, oversample=OVERSAMPLE, n_iter=N_ITER),
     }
     for title, function in functions.items():
-        assert_triplets(title, function(weights), weights, rank, off=1e-2, least=1e-2)
+        assert_triplets(title, function(weights), weights, rank, off=1e-2, least=5e-3)
     counted = reduce(add, (work.randomized_svd(K, N, rank + OVERSAMPLE) for K, N in MODELS[name].block))
     return Case(
         f"{MODELS[name].title}, one block: {rank} leading triplets of the weights",
