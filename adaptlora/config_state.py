@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 
-def config_state(method) -> dict:
-    """{"class": name, "fields": {field: JSON}} of the method's configuration, without its `start_fields`."""
-    config = method.config
-    names = {field.name for field in dataclasses.fields(config)} - method.start_fields
+def config_state(adapter) -> dict:
+    """{"class": name, "fields": {field: JSON}} of the adapter's configuration, without the `start_fields` of its method."""
+    config = adapter.config
+    names = {field.name for field in dataclasses.fields(config)} - adapter.method.start_fields
     values = {name: _as_json(getattr(config, name)) for name in sorted(names)}
     return {
         "class": type(config).__name__,
@@ -26,12 +26,12 @@ def _as_json(value):
         return _OTHER
 
 
-def check_config_state(method, stored: dict | str) -> None:
+def check_config_state(adapter, stored: dict | str) -> None:
     """
     Args: stored: what `config_state` gave; older checkpoints have the class's name alone.
     Raises: ValueError (another class; a field with another value, of those that both have).
     """
-    mine = config_state(method)
+    mine = config_state(adapter)
     if isinstance(stored, str):
         stored = {"class": stored, "fields": {}}
     if stored["class"] != mine["class"]:

@@ -91,7 +91,7 @@ class TrainingState:
 
     def _encoded(self, tensors: dict) -> dict:
         state = {
-            "config": config_state(self.adapter.method),
+            "config": config_state(self.adapter),
             "adapter": encode_parts(self.op, "adapter", self.adapter.state_dict(), tensors),
             "others": encode_parts(self.op, "model", self._others(), tensors),
             **{optimizer.key: optimizer.encoded(tensors) for optimizer in self.optimizers},
@@ -106,7 +106,7 @@ class TrainingState:
 
     def check(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         """Raises: ValueError if `restore` could not take these: another model, configuration, optimizer, scheduler or scaler."""
-        check_config_state(self.adapter.method, state["config"])
+        check_config_state(self.adapter, state["config"])
         stored = decode_parts("adapter", state["adapter"], tensors)
         self._check_tensors("factors", self._factors(), stored.get("factors", {}), ranked=True)
         keys = [optimizer.key for optimizer in self.optimizers]

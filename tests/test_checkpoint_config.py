@@ -145,16 +145,16 @@ def test_fields_of_ones_own_that_json_cannot_hold_and_fields_that_came_later_are
         chosen: object = len
         sizes: tuple = (1, 2)
 
-    def method(**fields):
-        return SimpleNamespace(config=OwnConfig(**MODULES, **fields), start_fields=Method.start_fields)
+    def adapter(**fields):
+        return SimpleNamespace(config=OwnConfig(**MODULES, **fields), method=Method)
 
-    stored = config_state(method())
+    stored = config_state(adapter())
     assert stored == {
         "class": "OwnConfig",
         "fields": {"freeze_A": False, "lora_dropout": 0.0, "sizes": [1, 2], "use_rslora": False},
     }
-    check_config_state(method(chosen=max, sizes=[1, 2]), stored)
+    check_config_state(adapter(chosen=max, sizes=[1, 2]), stored)
     del stored["fields"]["freeze_A"]
-    check_config_state(method(freeze_A=True), stored)
+    check_config_state(adapter(freeze_A=True), stored)
     with pytest.raises(ValueError, match=r"sizes must be \[1, 2\], got \[3\]"):
-        check_config_state(method(sizes=(3,)), stored)
+        check_config_state(adapter(sizes=(3,)), stored)

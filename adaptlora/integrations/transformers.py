@@ -77,7 +77,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
         scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
         groups = self.adapter._groups.state()
         attributes = {"method": self.adapter.method.state_dict(), "scalings": scalings, "groups": groups}
-        attributes |= {"config": config_state(self.adapter.method), "processes": self.adapter.processes.size}
+        attributes |= {"config": config_state(self.adapter), "processes": self.adapter.processes.size}
         return {"args": {}, "attributes": attributes}
 
     def _restore(self, stateful_callbacks: dict) -> None:
@@ -98,7 +98,7 @@ class AdapterCallback(TrainerCallback, ExportableState):
                 )
         if "config" in saved["attributes"]:  # older checkpoints have none
             try:
-                check_config_state(self.adapter.method, saved["attributes"]["config"])
+                check_config_state(self.adapter, saved["attributes"]["config"])
             except ValueError as error:
                 raise ValueError(f"Trainer: {error}") from error
         groups = saved["attributes"].get("groups", {})
