@@ -289,16 +289,38 @@ def test_an_interrupted_run_leaves_what_was_there(bert, tmp_path, monkeypatch, m
     target, _, name = moment.rpartition(".")
     monkeypatch.setattr(runner_module.plots if target else runner_module, name, interrupt)
     result = invoke("finetune", "--model", bert, "--data", "t.csv", *SMALL, "-o", "out", code=130)
-    assert "interrupted: nothing was written" in result.stderr
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    unfinished = Path("out/unfinished")
+    if moment == "train":  # without a step there is nothing to keep
+        assert "interrupted: nothing was written" in result.stderr and not unfinished.exists()
+    else:
+        assert "the adapter after step 12 is in out/unfinished" in result.stderr
+        assert len(json.loads((unfinished / "report.json").read_text())["losses"]["ours"]) == 12
+        adaptlora.load(models.tiny_bert(), unfinished)
+    there = (path for path in tmp_path.rglob("*") if path.is_file() and "unfinished" not in path.parts)
+    assert {path: path.read_bytes() for path in there} == before
 
 
-def test_an_adapter_that_peft_reads_differently_is_not_written(bert, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_keeps_what_was_trained(bert, tmp_path, monkeypatch):
+    def losses(self, model, batch, calls=[]):  # noqa: B006 - counts them
+        calls.append(1)
+        yield model(**batch).loss * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(tasks.base.Task, "losses", losses)
+    spec = FinetuneSpec(model=str(bert), data=str(questions(tmp_path / "t.csv")), steps=6, batch_size=4, compare=False)
+    with pytest.raises(
+        ValueError, match=r"loss must be finite, got nan.*; the adapter after step 3 is in out/unfinished"
+    ):
+        run(spec, out="out")
+    assert Path("out/unfinished/adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_that_peft_reads_differently_is_kept_and_told(bert, tmp_path, monkeypatch):
     monkeypatch.setattr(peft_twin, "reload_difference", lambda *args: 0.5)
     spec = FinetuneSpec(model=str(bert), data=str(questions(tmp_path / "t.csv")), steps=4, batch_size=4, compare=False)
-    with pytest.raises(RuntimeError, match=r"at most 1e-05 \(relative\), got 5.00e-01; nothing was written"):
+    with pytest.raises(RuntimeError, match=r"at most 1e-05 \(relative\), got 5.00e-01; adapter and report are in out"):
         run(spec, out="out")
-    assert not Path("out").exists() and [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert json.loads(Path("out/report.json").read_text())["peft_difference"] == 0.5
+    assert Path("out/adapter/adapter_model.safetensors").is_file() and not Path("out/unfinished").exists()
 
 
 def test_reload_difference_sees_a_wrong_weight(tmp_path):

@@ -426,6 +426,22 @@ def test_a_loss_that_is_not_finite_stops_the_loop():
         learner.step(batch)
 
 
+def test_gradients_are_scaled_down_to_a_norm():
+    learner = _learner()
+    learner.max_grad_norm = 1e-3
+    norms = []
+    step = learner.optimizer.step
+    trained = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+
+    def watched():
+        norms.append(sum(p.grad.square().sum() for p in trained if p.grad is not None).sqrt().item())
+        return step()
+
+    learner.optimizer.step = watched
+    learner.step(next(_batches(1)))
+    assert norms == [pytest.approx(1e-3, rel=1e-3)]
+
+
 def test_learning_rate_rises_stays_and_falls():
     assert [lr_factor(n, 4) for n in (1, 4)] == [1, 1]
     assert [lr_factor(n, 6, warmup=2) for n in (1, 2, 3, 6)] == [0.5, 1, 1, 1]

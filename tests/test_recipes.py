@@ -20,7 +20,7 @@ from adaptlora import plots  # noqa: E402
 from adaptlora.finetune import FinetuneSpec, data, metrics, recipes, synthetic, tasks, tiny  # noqa: E402
 from adaptlora.finetune.dry_run import dry_run  # noqa: E402
 from adaptlora.finetune.registry import task_class  # noqa: E402
-from adaptlora.finetune.tasks import question_answering  # noqa: E402
+from adaptlora.finetune.tasks import classification, question_answering  # noqa: E402
 from adaptlora.finetune.tasks.text import TextTask  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +64,24 @@ def test_recipes_take_their_numbers_from_the_file(mrpc):
     assert (spec.steps, spec.batch_size, spec.lr, spec.max_length) == (3439, 32, 1e-3, 320)  # 30 · 3,668 / 32
     assert spec.columns == {"pair": "sentence2"} and spec.metrics == ("accuracy", "f1")
     config = spec.config(["classifier"])
-    assert (config.r, config.target_r, config.schedule, config.eta_p) == (8, 2.0, "adaptive", 1e-3)
+    assert (config.r, config.target_r, config.t_p, config.t_c, config.eta_p) == (8, 2.0, 1146, 1337, 1e-3)
     changed = recipes.read(mrpc.path, {"steps": 400, "options": {}, "lr": 2})
     assert (changed.spec.steps, changed.spec.lr, changed.spec.options) == (400, 2, {})
+
+
+def test_steps_at_which_something_happens_move_along_with_the_steps(tmp_path, mrpc):
+    adaptive = {"schedule": "adaptive", "lambda_p": 0.1, "lambda_c": 0.1, "min_steps": 344, "max_steps": 1719}
+
+    def change(content):
+        content["run"]["options"] = adaptive
+        content["sources"] = {"ours": list(content["run"])}
+
+    path = broken(tmp_path, mrpc, change)
+    spec = recipes.read(path, {"steps": 344}).spec
+    assert (spec.warmup, spec.options["min_steps"], spec.options["max_steps"]) == (34, 34, 172)
+    assert recipes.read(path, {"epochs": 15}).spec.options["max_steps"] == 860
+    spec = recipes.read(path, {"steps": 1720, "warmup": 3, "options": {**adaptive, "min_steps": 3}}).spec
+    assert (spec.warmup, spec.options["max_steps"]) == (3, 1719)
 
 
 # What is wrong
@@ -122,6 +137,13 @@ BAD = [
     (run_with(options={"budgie": 3}), "options must be fields of NormALConfig, got budgie"),
     (run_with(target_r=9), r"run.target_r must be in \[1, r=8\], got 9"),
     (run_with(t_p=10, t_c=3439, options={}), "t_c must be less than steps=3439"),
+    (
+        run_with(options={"schedule": "adaptive", "lambda_p": 0.1, "lambda_c": 0.1, "max_steps": 3439}),
+        "options.max_steps must be less than steps=3439, .*, got 3439",
+    ),
+    (run_with(t_p=10, options={"schedule": "adaptive"}), "t_p must be left out where options.schedule is adaptive"),
+    (run_with(batch_size=0), "run.batch_size must be at least 1, got 0"),
+    (run_with(epochs=float("inf")), "run.epochs must be greater than 0 and finite, got inf"),
     (run_with(shear={"method": "nom"}), "shear.method must be one of norm, svd, .*, got 'nom'"),
     (run_with(shear={"method": "norm", "tau": 3}), r"NoRMConfig: tau must be in \[0.001, 1\], got 3"),
     (run_with(steps=3), r"run must have either epochs or steps, got \['epochs', 'steps'\]"),
@@ -305,6 +327,36 @@ def test_bad_data_sets_are_refused(tmp_path, change, message):
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         data.load(replace(spec, **change))
+
+
+def test_one_file_has_no_splits_and_never_tests_on_what_it_trains_on(tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(json.dumps({"a": f"one {i}", "b": "c", "label": i % 2}) for i in range(10))
+    )
+    spec = FinetuneSpec(
+        model="unused", data=str(tmp_path / "t.jsonl"), test_split="validation", text_column="a", columns={"pair": "b"},
+        data_dir=str(tmp_path),
+    )  # fmt: skip
+    loaded = data.load(spec)
+    assert len(loaded.train) == 8 and len(loaded.test) == 2 and not set(loaded.train["text"]) & set(loaded.test["text"])
+
+
+def test_labels_that_are_integers_are_classes_by_their_values(tmp_path):
+    rows = [{"text": f"one {i}", "pair": "b", "label": i % 12 + 1} for i in range(24)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = FinetuneSpec(
+        model="unused", data=str(tmp_path / "t.jsonl"), columns={"pair": "pair"}, data_dir=str(tmp_path)
+    )
+    loaded = data.load(replace(spec, holdout=1))
+    assert classification.classes(loaded.train) == [str(i) for i in range(1, 13)]
+    task = classification.Classification.__new__(classification.Classification)
+    task._named, task._index = False, {name: i for i, name in enumerate(classification.classes(loaded.train))}
+    assert [task._target(label) for label in (1, 10, 12)] == [0, 9, 11]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "text": "no", "label": None}])))
+    with pytest.raises(
+        ValueError, match="every row must have a label, got None in row 1 of .* held out|in row 2. of train"
+    ):
+        data.load(replace(spec, holdout=1))
 
 
 def test_hidden_labels_are_refused(tmp_path):

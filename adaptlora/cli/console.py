@@ -27,7 +27,7 @@ def one_clear_line(interrupted: str = "nothing was written"):
         console.print(f"[bold red]error:[/bold red] [red]{escape(message)}[/red]", soft_wrap=True, highlight=False)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
-        console.print(f"[yellow]interrupted: {interrupted}[/yellow]")
+        console.print(f"[yellow]interrupted: {escape(str(error)) or interrupted}[/yellow]", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from error
 
 

@@ -1,7 +1,8 @@
 """A recipe, tried out: its own run on a small random model of the same architecture and made-up data with the same columns.
 
-Nothing of the way is left out: the data set's loader, tokenisation, batches, model, loss, metrics, the method's rank changes, shearing, the
-adapter's file and its reload by stock PEFT. What the real model would train is counted on it without its weights.
+It goes the whole way: the data set's loader, tokenisation, batches, model, loss, metrics, the method's rank changes, shearing, the
+adapter's file and its reload by stock PEFT. What the real model would train is counted on it without its weights. Left out are the hub with its real
+tokenizers, splits and columns, pretrained weights, other precisions than float32, the GPU, and PEFT's twin of `compare`.
 """
 
 import re
@@ -150,8 +151,8 @@ def small_spec(recipe: Recipe, folder: Path, modules: int) -> FinetuneSpec:
         "r": r,
         "target_r": max(1.0, average * r / spec.r),
         "r_out": min(spec.r_out, 2 * SMALL_R),
-        "t_p": T_P,
-        "t_c": T_C,
+        "t_p": None if spec.adaptive else T_P,
+        "t_c": None if spec.adaptive else T_C,
         "options": options,
         "steps": STEPS,
         "batch_size": min(spec.batch_size, 4),
@@ -177,5 +178,5 @@ def _amount(spec: FinetuneSpec, modules: int) -> str:
         return ""
     if spec.method == "normal" and spec.threshold is not None:
         return f", clipped to scores above {spec.threshold}"
-    average = spec.options.get("budget", spec.target_r * modules) / modules
+    average = (spec.options["budget"] if "budget" in spec.options else spec.target_r * modules) / modules
     return f", of {modules * spec.r:,} vectors {round(average * modules):,} stay ({average:.3g} of {spec.r} a module)"

@@ -75,6 +75,7 @@ class FinetuneSpec:
     batch_size: int = 32
     lr: float = 2e-3
     loraplus_lr_ratio: float | None = None  # lora_B's learning rate in parts of lr; None: one for all
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm over all of them; None: as they are
     weight_decay: float = 0.01
     warmup: int = 0  # steps over which the learning rate rises linearly from 0
     decay: bool = False  # whether it falls linearly to 0 afterwards
@@ -104,6 +105,7 @@ class FinetuneSpec:
         for name in ("holdout", "test_limit", "micro_batch"):
             rule(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         rule("lr", self.lr > 0, "greater than 0")
+        rule("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "greater than 0")
         ratio = self.loraplus_lr_ratio
         rule("loraplus_lr_ratio", ratio is None or ratio > 0, "greater than 0")
         rule("weight_decay", self.weight_decay >= 0, "at least 0")
@@ -112,6 +114,15 @@ class FinetuneSpec:
         rule("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         rule("warmup", self.warmup < self.steps, f"less than steps={self.steps}")
         rule("model_dropout", self.model_dropout is None or 0 <= self.model_dropout < 1, "in [0, 1)")
+        if self.adaptive:
+            for name in ("t_p", "t_c"):
+                rule(name, getattr(self, name) is None, "left out where options.schedule is adaptive, which finds it")
+            latest = self.options.get("max_steps")
+            if latest is not None and not latest < self.steps:
+                raise ValueError(
+                    f"finetune: options.max_steps must be less than steps={self.steps}, so that the ranks are clipped at all,"
+                    f" got {latest}"
+                )
         if self._clips_at_a_step and not self.clip_schedule[1] < self.steps:
             raise ValueError(
                 f"finetune: t_c must be less than steps={self.steps}, so that the clipped model is trained too,"
@@ -119,8 +130,13 @@ class FinetuneSpec:
             )
 
     @property
+    def adaptive(self) -> bool:
+        """Whether NormAL's own rule decides when the ranks are clipped, and not `clip_schedule`."""
+        return self.method == "normal" and self.options.get("schedule") == "adaptive"
+
+    @property
     def _clips_at_a_step(self) -> bool:
-        return self.method == "normal" and self.options.get("schedule") != "adaptive"
+        return self.method == "normal" and not self.adaptive
 
     @property
     def clip_schedule(self) -> tuple[int, int]:
@@ -131,9 +147,10 @@ class FinetuneSpec:
 
     def shortened(self) -> "FinetuneSpec":
         """A run of a few steps that takes every turn of the whole one, for checks."""
-        return replace(
-            self, steps=12, t_p=4, t_c=6, warmup=0, test_limit=64, generate=min(self.generate, 4), new_tokens=16
-        )
+        clip = {"t_p": 4, "t_c": 6}
+        if self.adaptive:
+            clip = {"options": {**self.options, "min_steps": 4, "max_steps": 6}}
+        return replace(self, steps=12, **clip, warmup=0, test_limit=64, generate=min(self.generate, 4), new_tokens=16)
 
     def config(self, modules_to_save: list[str] | None):
         """The configuration of the method, for adaptlora.attach.

@@ -40,6 +40,10 @@ _UNSOURCED = (
 )
 
 
+_SETS_STEPS = {"steps", "epochs", "batch_size"}
+_STEPS = {"min_steps", "max_steps", "tinit", "tfinal", "total_step"}  # options that are steps of the run
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names file, field, rule and value."""
 
@@ -192,6 +196,7 @@ def _check_sources(content: Mapping, file: _File) -> None:
 def _spec(run: Mapping, train: int, changes: Mapping, file: _File) -> FinetuneSpec:
     """The section `run` as a FinetuneSpec, with `epochs` over `train` rows as steps."""
     hints = get_type_hints(FinetuneSpec) | {"epochs": float}
+    theirs = run
     if "steps" in changes:
         run = _without(run, "epochs")
     if "method" in changes and changes["method"] != run.get("method"):
@@ -214,13 +219,33 @@ def _spec(run: Mapping, train: int, changes: Mapping, file: _File) -> FinetuneSp
         name: tuple(value) if isinstance(value, list) else value for name, value in _without(run, "epochs").items()
     }
     if "epochs" in run:
-        if not run["epochs"] > 0:
-            file.refuse("run.epochs", "be greater than 0", run["epochs"])
-        values["steps"] = math.ceil(run["epochs"] * train / run.get("batch_size", FinetuneSpec.batch_size))
+        size = run.get("batch_size", FinetuneSpec.batch_size)
+        if not 0 < run["epochs"] < math.inf:
+            file.refuse("run.epochs", "be greater than 0 and finite", run["epochs"])
+        if size < 1:
+            file.refuse("run.batch_size", "be at least 1", size)
+        values["steps"] = math.ceil(run["epochs"] * train / size)
+    _scale_schedule(values, theirs, changes, train)
     try:
         return FinetuneSpec(**values)
     except ValueError as error:
         raise file.error(f"run: {_bare(error)}") from error
+
+
+def _scale_schedule(values: dict, run: Mapping, changes: Mapping, train: int) -> None:
+    """In `values`: the steps at which ranks change, which the recipe gave for its own number of steps, moved along with them."""
+    size = run.get("batch_size", FinetuneSpec.batch_size)
+    own = run["steps"] if "steps" in run else math.ceil(run.get("epochs", 0) * train / size) if size > 0 else 0
+    if own < 1 or not _SETS_STEPS & changes.keys():
+        return
+
+    def moved(step):
+        return max(1, round(step * values["steps"] / own)) if isinstance(step, int) else step
+
+    if "options" in values and "options" not in changes:
+        values["options"] = {name: moved(v) if name in _STEPS else v for name, v in values["options"].items()}
+    for name in {"t_p", "t_c", "warmup"} & values.keys() - changes.keys():
+        values[name] = moved(values[name]) if values[name] else values[name]
 
 
 def _check(recipe: Recipe, file: _File) -> None:

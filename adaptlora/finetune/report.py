@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..plots import describe_ranks, rank_grid
@@ -51,6 +52,7 @@ class Report:
     peft_difference: float | None = None  # of the logits after reloading with PEFT: max |Δ| / max |logit|
     files: dict[str, str] = field(default_factory=dict)
     total_seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)  # what went otherwise than one may think
 
     def step_times(self) -> dict[str, dict[str, float]]:
         """Median seconds of a step and ours / PEFT, "before" and "after" the clip; without a clip of "all" of them.
@@ -94,6 +96,8 @@ class Report:
             )
         for name, path in self.files.items():
             console.print(f"  {name:<14}[bold]{path}[/bold]", soft_wrap=True, highlight=False)
+        for note in self.notes:
+            console.print(f"[yellow]note:[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
         console.print(f"{self.total_seconds:.0f} s in all", highlight=False)
 
     @staticmethod

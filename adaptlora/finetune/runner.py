@@ -12,6 +12,7 @@ from pathlib import Path
 import adaptlora
 
 from .. import doctor, plots
+from ..files import atomic_file
 from ..io import HISTORY_FILE
 from . import data as data_module
 from . import metrics, peft_twin, tasks
@@ -19,7 +20,7 @@ from ._extras import need
 from .presets import FinetuneSpec, check_paths
 from .registry import task_class
 from .report import MAX_PEFT_DIFFERENCE, OURS, PEFT, Report
-from .train import Learner, seed_everything, train
+from .train import Learner, NonFiniteLossError, seed_everything, train
 
 _OF_SOME_RUNS = (
     "steps.png",
@@ -42,7 +43,10 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
         watch: called with (stage, done, total, note) as the work goes on.
     Returns: the report, complete.
     Raises: ValueError, TypeError (arguments, data; before training), MissingExtraError,
-        RuntimeError (PEFT does not compute the same with the saved adapter; nothing is written then).
+        RuntimeError (PEFT does not compute the same with the saved adapter; everything is written nevertheless).
+
+    A run that ends early after its first step, by an error or by Ctrl-C, keeps its adapter as it was then, with the report so far, in
+    the folder unfinished/ of `out`; what the error says is followed by where. It cannot be resumed.
     """
     started = time.perf_counter()
     watch = watch or (lambda stage, done, total, note: None)
@@ -61,14 +65,15 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
     base = model if not spec.compare else task.model()
     adapter = _attach(task, model, watch)
     options = {"lr": spec.lr, "weight_decay": spec.weight_decay}
+    training = {**options, "max_grad_norm": spec.max_grad_norm, "losses": task.losses}
     trained = adapter.parameters()
     if spec.loraplus_lr_ratio is not None:
         trained = adapter.parameter_groups(**options, loraplus_lr_ratio=spec.loraplus_lr_ratio)
-    learners = {OURS: Learner(model, trained, **options, adapter=adapter, losses=task.losses)}
+    learners = {OURS: Learner(model, trained, **training, adapter=adapter)}
     if spec.compare:
         theirs = peft_twin.twin(base, adapter)
         trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-        learners[PEFT] = Learner(theirs, trained, **options, losses=task.losses)
+        learners[PEFT] = Learner(theirs, trained, **training)
     watch("loading", 3, 3, "")
     report = Report(
         spec=asdict(spec),
@@ -78,14 +83,48 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
         higher_is_better=task.scores,
         peft_r=peft_twin.rank(adapter) if spec.compare else None,
     )
-    _learn(task, learners, report, watch)
-    with _folder_beside(out) as partial:
-        if spec.shear is not None:
-            _shear(task, learners, report, watch, partial)
-        report.total_seconds = time.perf_counter() - started
-        if partial is not None:
-            _write(report, task, adapter, Path(out), partial, watch, started)
+    if spec.test_split is not None and spec.eval_data is None and Path(spec.data).is_file():
+        report.notes.append(
+            f"{spec.data} is one file, without the split {spec.test_split}: {len(data.test):,} of its rows were held out to test on"
+        )
+    with _kept_if_it_fails(adapter, report, out):
+        _learn(task, learners, report, watch)
+        with _folder_beside(out) as partial:
+            if spec.shear is not None:
+                _shear(task, learners, report, watch, partial)
+            report.total_seconds = time.perf_counter() - started
+            if partial is not None:
+                _write(report, task, adapter, Path(out), partial, watch, started)
+    limit = MAX_PEFT_DIFFERENCE[spec.dtype]
+    if report.peft_difference is not None and not report.peft_difference <= limit:
+        raise RuntimeError(
+            f"finetune: logits after reloading with PEFT must differ by at most {limit:.0e}"
+            f" (relative), got {report.peft_difference:.2e}; adapter and report are in {out}"
+        )
     return report
+
+
+@contextmanager
+def _kept_if_it_fails(adapter, report: Report, out: str | Path | None) -> Iterator[None]:
+    """What was trained is not lost with an error after hours: it is saved to `out`/unfinished, and the error says so."""
+    try:
+        yield
+    except BaseException as error:
+        steps = len(report.losses.get(OURS, []))
+        if out is None or not steps:
+            raise
+        folder = Path(out) / "unfinished"
+        try:
+            adapter.save(folder)
+            with atomic_file(folder / "report.json") as file:
+                file.write_text(report.to_json(), encoding="utf-8")
+            told = f"the adapter after step {steps} is in {folder}"
+        except Exception as failure:  # the first error is the one to tell; this one is told with it
+            told = f"the adapter after step {steps} could not be kept: {failure}"
+        if isinstance(error, KeyboardInterrupt | NonFiniteLossError):
+            raise type(error)(f"{error}; {told}".removeprefix("; ")) from error
+        error.add_note(told)
+        raise
 
 
 @contextmanager
@@ -164,6 +203,11 @@ def _learn(task, learners: dict[str, Learner], report: Report, watch: Watch) -> 
     report.sizes["before"] = _counts(learners[OURS].first_summary)
     report.ranks, report.history = adapter.ranks(), adapter.method.history()
     report.t_p, report.t_c = adapter.method.t_p, adapter.method.t_c
+    if spec.adaptive and report.t_c is None:
+        report.notes.append(
+            f"the ranks were not clipped: the loss was not calm enough for the adaptive rule in {spec.steps} steps;"
+            " options.max_steps says when it clips at the latest"
+        )
     if PEFT in learners:
         report.sizes["peft"] = peft_twin.sizes(learners[PEFT].model, learners[PEFT].optimizer)
 
@@ -199,12 +243,6 @@ def _write(report: Report, task, adapter, out: Path, partial: Path, watch: Watch
     report.peft_difference = peft_twin.reload_difference(
         partial / "adapter", task.model(), adapter.model, task.probe(), task.output
     )
-    limit = MAX_PEFT_DIFFERENCE[task.spec.dtype]
-    if not report.peft_difference <= limit:
-        raise RuntimeError(
-            f"finetune: logits after reloading with PEFT must differ by at most {limit:.0e}"
-            f" (relative), got {report.peft_difference:.2e}; nothing was written"
-        )
     task.export(partial / "adapter", partial)
     watch("writing", 2, 3, "pictures")
     plots.rank_heatmap(

@@ -14,6 +14,7 @@ def read(spec: FinetuneSpec, roles: Mapping[str, str | None]) -> Dataset:
     """The rows of a spec's data, {role: value}, as datasets.Dataset, to train on and to test on.
 
     The test rows are those of `eval_data`, or of `test_split`, or else held out: whole groups of the same `text`, where there is one.
+    A single file has no splits: of one, `test_split` is not read, and rows are held out.
 
     Args: roles: role → its column where the spec names none, or None where it is optional.
     Raises: ValueError (no such file, split, configuration or column; no rows), MissingExtraError.
@@ -21,7 +22,7 @@ def read(spec: FinetuneSpec, roles: Mapping[str, str | None]) -> Dataset:
     train = _load(spec, spec.data, spec.train_split, roles)
     if spec.eval_data is not None:
         test = _load(spec, spec.eval_data, spec.test_split or "test", roles)
-    elif spec.test_split is not None:
+    elif spec.test_split is not None and not Path(spec.data).is_file():
         test = _load(spec, spec.data, spec.test_split, roles)
     else:
         keys = train["text"] if "text" in train.column_names else range(len(train))

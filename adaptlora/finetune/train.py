@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 
+class NonFiniteLossError(ValueError):
+    """A loss that is NaN or infinite; the weights are those before its step."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one learner did in one step."""
@@ -40,7 +44,7 @@ class Learner:
     """A model, its trainable parameters (or groups of them with learning rates of their own) under AdamW, and its adapter if it has one.
 
     `losses(model, batch)` gives the loss in addends; each is differentiated before the next is computed, so that a batch may be larger
-    than what fits into memory at once.
+    than what fits into memory at once. `max_grad_norm`: gradients are scaled down to this norm, taken over all of them.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Learner:
         *,
         lr: float,
         weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
         adapter=None,
         losses: Callable[[nn.Module, Mapping[str, Tensor]], Iterable[Tensor]] = whole_loss,
     ):
@@ -58,6 +63,7 @@ class Learner:
         self.adapter = adapter
         self.lr = lr
         self.optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=weight_decay)
+        self.max_grad_norm = max_grad_norm
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.first_summary: dict | None = None  # the adapter's sizes at its first ranks, optimizer state included
         if adapter is not None:
@@ -66,7 +72,7 @@ class Learner:
     def step(self, batch: Mapping[str, Tensor], lr_factor: float = 1.0) -> StepResult:
         """losses(batch) + penalty → backward → optimizer → adapter.step, timed.
 
-        Raises: ValueError (a loss that is not finite).
+        Raises: NonFiniteLossError, a ValueError.
         """
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * lr_factor
@@ -76,11 +82,14 @@ class Learner:
         for number, loss in enumerate(self.losses(self.model, batch)):
             value += loss.item()
             if not math.isfinite(value):
-                raise ValueError(
+                raise NonFiniteLossError(
                     f"train: the loss must be finite, got {value}; a lower learning rate than {self.lr} may help"
                 )
             penalised = self.adapter is not None and number == 0
             (loss + self.adapter.penalty() if penalised else loss).backward()
+        if self.max_grad_norm is not None:
+            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seconds = _now(batch) - start

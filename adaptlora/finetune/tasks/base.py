@@ -44,7 +44,7 @@ class Task:
     ] = ()  # what a recipe's `architecture` has to say beside the model's configuration
     Options: ClassVar[type[Options]] = Options
     _auto: ClassVar[str]  # transformers' class
-    _eval_batch: ClassVar[int] = 64
+    _most_tested: ClassVar[int] = 64  # examples in one forward pass of a test
 
     def __init__(self, spec: FinetuneSpec, data: Dataset):
         self.spec = spec
@@ -117,13 +117,18 @@ class Task:
             rows = self._order[step * self.spec.batch_size : (step + 1) * self.spec.batch_size].tolist()
             yield self._collate([self.train[row] for row in rows])
 
+    @property
+    def _eval_batch(self) -> int:
+        """Examples in one forward pass of a test: not more than what training shows to fit into memory."""
+        return min(self._most_tested, self.spec.micro_batch or self.spec.batch_size)
+
     def test_batches(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self.test), self._eval_batch):
             yield self._collate([self.test[row] for row in range(start, min(start + self._eval_batch, len(self.test)))])
 
     def probe(self) -> dict[str, Tensor]:
         """A few test examples, to compare two models on."""
-        return self._collate([self.test[row] for row in range(min(8, len(self.test)))])
+        return self._collate([self.test[row] for row in range(min(8, self._eval_batch, len(self.test)))])
 
     def _training_order(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.spec.seed)

@@ -55,7 +55,7 @@ class CausalLM(TextTask):
     default_metrics = ("perplexity", "bleu")
     Options = Options
     _auto = "AutoModelForCausalLM"
-    _eval_batch = 16  # logits are (batch, length, vocabulary)
+    _most_tested = 16  # logits are (batch, length, vocabulary)
     _written: ClassVar = ("bleu", "rougeL", "answer")  # metrics of generated texts
 
     def __init__(self, spec: FinetuneSpec, data: Dataset):
@@ -158,6 +158,7 @@ class CausalLM(TextTask):
                 self.tokenizer,
                 list(self.references),
                 new_tokens=self.spec.new_tokens,
+                batch_size=min(8, self._eval_batch),
                 add_special_tokens=not self.spec.chat,
                 num_beams=self.options.beams,
                 length_penalty=self.options.length_penalty,

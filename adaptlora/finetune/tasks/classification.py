@@ -1,6 +1,7 @@
 """One label, or one number, for a text or a pair of texts."""
 
 import math
+import re
 from typing import ClassVar
 
 import torch
@@ -52,6 +53,7 @@ class Classification(_OnOneHead):
         self.classes = classes(data.train)
         if "f1" in (spec.metrics or ()) and len(self.classes) != 2:
             raise ValueError(f"finetune: metric f1 must go with two classes, got {len(self.classes)}")
+        self._named = sources.class_names(data.train, "label") is not None  # labels are numbers of classes then
         self._index = {label: i for i, label in enumerate(self.classes)}
         super().__init__(spec, data)
 
@@ -70,7 +72,7 @@ class Classification(_OnOneHead):
         }
 
     def _target(self, label) -> int:
-        return label if isinstance(label, int) else self._index[str(label)]
+        return label if self._named else self._index[str(label)]
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         logits, labels = self._answers(model)
@@ -106,11 +108,22 @@ class Regression(_OnOneHead):
 
 
 def classes(rows) -> list[str]:
-    """The names of the classes in `rows`: of its column of class numbers, or all that are there, sorted."""
-    return sources.class_names(rows, "label") or sorted({str(row["label"]) for row in rows})
+    """The names of the classes in `rows`: of its column of class numbers, or all that are there, sorted, integers as numbers."""
+    return sources.class_names(rows, "label") or sorted({str(row["label"]) for row in rows}, key=_number_or_text)
+
+
+def _number_or_text(name: str) -> tuple[bool, int, str]:
+    whole = re.fullmatch(r"[-+]?\d+", name) is not None
+    return (not whole, int(name) if whole else 0, name)
 
 
 def _check(data: Dataset, spec: FinetuneSpec) -> None:
+    where = "eval_data" if spec.eval_data else spec.test_split or "the part of data that is held out"
+    for rows, part in ((data.train, spec.train_split), (data.test, where)):
+        labels = [row["label"] for row in rows] if isinstance(rows, list) else list(rows["label"])
+        for number, label in enumerate(labels, 1):
+            if label is None or label == "":
+                raise ValueError(f"finetune: every row must have a label, got {label!r} in row {number} of {part}")
     known = classes(data.train)
     if len(known) < 2:
         raise ValueError(
@@ -119,7 +132,6 @@ def _check(data: Dataset, spec: FinetuneSpec) -> None:
     named = sources.class_names(data.train, "label") is not None
     allowed = set(range(len(known))) if named else set(known)
     found = [(set(rows["label"]) if named else {str(row["label"]) for row in rows}) for rows in (data.train, data.test)]
-    where = "eval_data" if spec.eval_data else spec.test_split or "the part of data that is held out"
     for labels, part in zip(found, (spec.train_split, where), strict=True):
         if labels - allowed:
             new = ", ".join(map(repr, sorted(labels - allowed)[:5]))

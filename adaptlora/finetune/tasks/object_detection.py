@@ -50,7 +50,7 @@ class ObjectDetection(ImageTask):
     packages: ClassVar = (*ImageTask.packages, "scipy")
     Options = ObjectDetectionOptions
     _auto = "AutoModelForObjectDetection"
-    _eval_batch = 1  # images of different sizes are padded in a batch, and the model sees the padding
+    _most_tested = 1  # images of different sizes are padded in a batch, and the model sees the padding
 
     def _prepare(self) -> None:
         super()._prepare()

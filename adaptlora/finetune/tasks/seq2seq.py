@@ -51,7 +51,7 @@ class Seq2Seq(TextTask):
     default_metrics = ("rouge1", "rouge2", "rougeLsum")
     Options = Options
     _auto = "AutoModelForSeq2SeqLM"
-    _eval_batch = 16
+    _most_tested = 16
 
     @classmethod
     def check(cls, spec: FinetuneSpec) -> None:
