@@ -11,7 +11,7 @@ from command_line import elsewhere, invoke  # noqa: F401 - one is a fixture
 from PIL import Image
 from safetensors.torch import save_file
 
-from adaptlora.inspection import compare, inspect_adapter, save_pictures, spectra
+from adaptlora.inspection import compare, inspect_adapter, page_data, pictures, save_pictures, spectra
 from adaptlora.rank_history import RankHistory
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -97,6 +97,87 @@ def test_modules_that_only_one_has_are_listed():
     assert "must have a module of the same name and shape as one of 'x', such as h.0.[k]" in refused("x", "z")
 
 
+def test_all_together_counts_a_module_that_is_not_there_as_zero():
+    q, k, v = ((f"h.{i}.q", factors(2, seed=i)) for i in range(3))
+    first = inspect_adapter(write(Path("x"), dict([q, k])))
+    second = inspect_adapter(write(Path("y"), dict([q, v])))
+    W0, W1, W2 = (dense(8 / 2, *of) for _, of in (q, k, v))
+    zero = torch.zeros_like(W0)
+    one, other = torch.stack([W0, W1, zero]), torch.stack([W0, zero, W2])
+    result = compare(first, second)
+    assert result.cosine() == pytest.approx(((one * other).sum() / (one.norm() * other.norm())).item())
+    assert result.distance() == pytest.approx(((other - one).norm() / one.norm()).item())
+    of = "3 modules, 2 of them in one adapter alone (ΔW = 0 in the other)"
+    assert (
+        f"cosine {result.cosine():.4f}, distance {result.distance():.4f}, of {of}" in invoke("inspect", "x", "y").output
+    )
+    together = dict(page_data(result, ["x", "y"])["together"])
+    assert together["cosine of all ΔW"] == f"{result.cosine():.4f}" and together["all ΔW are of"] == of
+    assert "overlap: 100.0% on average of the 1 modules in both" in invoke("inspect", "x", "--before", "y").output
+
+
+def test_all_together_leaves_out_what_is_not_known():
+    def tensors(name, lora_A, lora_B):
+        return {f"lora_unet_{name}.lora_down.weight": lora_A, f"lora_unet_{name}.lora_up.weight": lora_B}
+
+    plain = {**tensors("q", *factors(2)), **tensors("k", *factors(2, seed=1))}
+    save_file({name: tensor + 0 for name, tensor in plain.items()} | tensors("v", *factors(2)), "first.safetensors")
+    dora = {"lora_unet_k.dora_scale": torch.ones(12), **tensors("v", *factors(2, K=5))}
+    save_file(plain | dora, "second.safetensors")
+    result = compare(inspect_adapter("first.safetensors"), inspect_adapter("second.safetensors"))
+    assert result.only_first == ["lora_unet_k"] and result.uncounted() == ["lora_unet_v", "lora_unet_k"]
+    assert result.cosine() == pytest.approx(1) and result.distance() < 1e-12
+    output = invoke("inspect", "first.safetensors", "second.safetensors").output
+    assert "of 1 modules; 2 not compared" in output and "second.safetensors: left out: lora_unet_k: " in output
+
+
+def test_both_adapters_say_what_is_left_out(monkeypatch):
+    for folder in ("x", "y"):
+        write(Path(folder), {"h.0.q": factors(2)}, use_dora=folder == "y")
+    note = "ΔW is taken as scaling · B A alone: use_dora"
+    assert f"y: {note}" in invoke("inspect", "x", "y").output and note not in invoke("inspect", "x", "x").output
+    assert f"before: {note}" in invoke("inspect", "x", "--before", "y").output
+    assert invoke("inspect", "y", "--before", "x").output.count(note) == 1
+    titles = drawn(monkeypatch, compare(inspect_adapter("x"), inspect_adapter("y")), ["one", "two"])[0]
+    assert [f"two: {note}" in titles[name] for name in ("norms.png", "singular_values.png", "overlap.png")] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def drawn(monkeypatch, found, labels):
+    """({picture: its titles in one line}, {picture: lines in its first panel}), without drawing them"""
+    titles, lines = {}, {}
+
+    def keep(figure, path):
+        texts = [figure.get_suptitle(), *(axes.get_title(loc="left") for axes in figure.axes)]
+        titles[path.name], lines[path.name] = " ".join(" ".join(texts).split()), len(figure.axes[0].lines)
+        return path
+
+    monkeypatch.setattr(pictures, "save_figure", keep)
+    save_pictures(found, "drawn", labels)
+    return titles, lines
+
+
+def test_pictures_of_two_adapters_of_one_name_have_both(monkeypatch):
+    found = compare(*(inspect_adapter(write(Path("x"), {"h.0.q": factors(rank)})) for rank in (3, 2)))
+    titles, lines = drawn(monkeypatch, found, ["x", "x"])
+    assert lines["norms.png"] == lines["singular_values.png"] == 2 and "(dashed: x, solid: x)" in titles["norms.png"]
+
+
+def test_names_have_room_in_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for folder, rank in (("x", 24), ("y", 16)):
+        write(Path(folder), stack(2, [rank], ("self_attn.q_proj", "mlp.gate_proj"), K=64, N=64))
+    lines = invoke("inspect", "x", "y").output.splitlines()
+    rows = [line for line in lines if " 24 → 16 " in line]
+    assert [line.split()[0] for line in rows] == [
+        f"{i}.{kind}" for i in (0, 1) for kind in ("mlp.gate_proj", "self_attn.q_proj")
+    ]
+    assert all(line.rstrip().endswith("%") for line in rows)
+
+
 def test_kohyas_file_with_scalings_of_its_own_and_a_module_that_is_no_plain_lora():
     A, B = factors(4)
     tensors = {
@@ -178,7 +259,7 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written():
     assert "plot must be a folder, got the file 'file'" in refused("x", "--plot", "file")
     write(Path("odd"), {"a": factors(2)}, lora_alpha=None)
     assert "a" in invoke("inspect", "odd").output
-    assert "lora_alpha must be a number > 0, got None" in refused("odd", "--plot", "pictures")
+    assert "lora_alpha must be a number > 0, got None" in refused("odd", "--plot", "pictures", "-o", "ranks.png")
     write(Path("slow"), {"a" * 30: factors(2)}, rank_pattern={"(a+)+b": 2})
     assert "rank_pattern must be a regular expression that cannot take forever" in refused(
         "slow", "--html", "page.html"

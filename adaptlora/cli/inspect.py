@@ -12,6 +12,8 @@ from rich.table import Table
 from .app import app
 from .console import bars, one_clear_line
 
+WIDE = 120  # characters from which all columns of two adapters have room beside a name
+
 
 @app.command(
     epilog="""[bold]Examples[/bold]
@@ -103,6 +105,8 @@ def inspect(
         if page is not None:
             check_page_path("inspect", "html", page)
         found = inspect_adapter(adapter)
+        if plot is not None or page is not None:
+            found.scalings()  # which only these two need: a configuration without them is refused before anything is drawn
         if over_steps is not None and found.history is None:
             raise ValueError(
                 f"inspect: over_steps needs a {HISTORY_FILE} in the adapter's folder, got none in {str(adapter)!r}"
@@ -115,7 +119,7 @@ def inspect(
         if other is None:
             _print_adapter(console, found)
         if shown is not found:
-            _print_comparison(console, shown, labels)
+            _print_comparison(console, shown, labels, told=found if other is None else None)
 
         if out is not None:
             ranks, r = found.ranks(), found.config.get("r")
@@ -136,6 +140,10 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
 def _described(found) -> str:
     from ..plots import describe_ranks
 
@@ -151,16 +159,22 @@ def _print_adapter(console: Console, found) -> None:
         console,
         f"{_described(found)}; {found.parameters():,} parameters in them; {about}file {found.file_bytes:,} bytes",
     )
-    for name, count in found.others.items():
-        _say(console, f"beside them: {name} ({count:,} parameters)")
-    for name, why in found.skipped.items():
-        _say(console, f"left out: {name}: {why}")
+    _print_notes(console, found)
     if history is not None:
         _say(
             console,
             f"{found.history_file}: ranks over {history.steps} steps in {len(history.groups)} groups, {history.average_rank():.2f} on "
             "average over the run",
         )
+
+
+def _print_notes(console: Console, found, whose: str = "") -> None:
+    for name, count in found.others.items():
+        _say(console, f"{whose}beside them: {name} ({count:,} parameters)")
+    for name, why in found.skipped.items():
+        _say(console, f"{whose}left out: {name}: {why}")
+    if found.caveat() is not None:
+        _say(console, f"{whose}{found.caveat()}")
 
 
 def _print_common(console: Console, names: list[str]) -> str:
@@ -187,35 +201,35 @@ def _inspect_table(found, common: str) -> Table:
     return table
 
 
-def _print_comparison(console: Console, found, labels: list[str]) -> None:
+def _print_comparison(console: Console, found, labels: list[str], told) -> None:
+    """told: the one of the two whose notes are on the screen already, or None."""
     common = _print_common(console, [module.name for module in found.modules])
+    wide = console.width >= WIDE
     table = Table(header_style="dim", box=SIMPLE_HEAD)
-    table.add_column("module", overflow="fold")
-    for header in ("rank", "change", "parameters", "‖ΔW‖", "cosine", "distance", "overlap"):
+    table.add_column("module", overflow="fold", min_width=16)
+    for header in ("rank", *(("change", "parameters") if wide else ()), "‖ΔW‖", "cosine", "distance", "overlap"):
         table.add_column(header, justify="right", no_wrap=True)
     for module in found.modules:
         first, second = module.ranks
+        change = f"{second - first:+d}" if second != first else "0"
         table.add_row(
             escape(module.name.removeprefix(common)),
             f"{first} → {second}",
-            f"{second - first:+d}" if second != first else "0",
-            "{:,} → {:,}".format(*module.parameters),
+            *((change, "{:,} → {:,}".format(*module.parameters)) if wide else ()),
             "{:.3g} → {:.3g}".format(*module.norms),
-            *(
-                "–" if value is None else form.format(value)
-                for value, form in (
-                    (module.cosine, "{:.3f}"),
-                    (module.distance, "{:.3f}"),
-                    (module.overlap_out, "{:.1%}"),
-                )
-            ),
+            _number(module.cosine, "{:.3f}"),
+            _number(module.distance, "{:.3f}"),
+            _number(module.overlap_out, "{:.1%}"),
         )
     console.print(table)
     for label, side in zip(labels, (found.first, found.second), strict=True):
         _say(console, f"{label}: {_described(side)}; {side.parameters():,} parameters in them")
-    cosine, distance, overlap = found.cosine(), found.distance(), found.overlap()
-    if cosine is not None:
-        _say(console, f"all together: cosine {cosine:.4f}, distance {distance:.4f}, overlap {overlap:.1%} on average")
+        if side is not told:
+            _print_notes(console, side, f"{label}: ")
+    cosine, distance = _number(found.cosine(), "{:.4f}"), _number(found.distance(), "{:.4f}")
+    _say(console, f"all together: cosine {cosine}, distance {distance}, of {found.scope()}")
+    overlap = _number(found.overlap(), "{:.1%}")
+    _say(console, f"overlap: {overlap} on average of the {len(found.modules):,} modules in both")
     for label, names in zip(labels, (found.only_first, found.only_second), strict=True):
         for name in names:
             _say(console, f"in {label} only: {name}")

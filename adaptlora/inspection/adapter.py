@@ -72,9 +72,10 @@ class Inspection:
         peft_config.check_scalings("inspect", self.path / peft.CONFIG_FILE, self.config, list(ranks))
         return {name: peft_config.scaling_of(self.config, name, rank) for name, rank in ranks.items()}
 
-    def more_than_factors(self) -> str | None:
-        """Why ΔW is more than scaling · B A (DoRA's magnitudes, …); None if it is not."""
-        return peft_config.unsupported_field(self.config)
+    def caveat(self) -> str | None:
+        """What to say beside a ΔW that is more than the scaling · B A of `inspection` (DoRA's magnitudes, …); None if it is not."""
+        reason = peft_config.unsupported_field(self.config)
+        return None if reason is None else f"ΔW is taken as scaling · B A alone: {reason}"
 
 
 def inspect_adapter(path: str | Path) -> Inspection:

@@ -154,9 +154,8 @@ def _adapter(found: Inspection, label: str) -> dict:
     for name in ("r", "lora_alpha", "base_model_name_or_path"):
         if found.config.get(name):
             facts.append((name, str(found.config[name])))
-    reason = found.more_than_factors()
-    notes = [] if reason is None else [f"Spectra are of scaling · B A alone: {reason}."]
-    return {"label": label, "facts": facts, "notes": notes, "history": _history(found)}
+    caveat = found.caveat()
+    return {"label": label, "facts": facts, "notes": [f"{caveat}."] if caveat else [], "history": _history(found)}
 
 
 def _history(found: Inspection) -> dict | None:
@@ -185,10 +184,10 @@ def _together(found: Comparison) -> list[tuple[str, str]]:
     for name, value, form in (
         ("cosine of all ΔW", found.cosine(), "{:.4f}"),
         ("distance of all ΔW", found.distance(), "{:.4f}"),
-        ("overlap, mean", found.overlap(), "{:.1%}"),
+        ("overlap, mean of those in both", found.overlap(), "{:.1%}"),
     ):
         rows.append((name, "–" if value is None else form.format(value)))
-    return rows
+    return [*rows, ("all ΔW are of", found.scope())]
 
 
 def _lists(found: Inspection | Comparison, sides: Sequence[Inspection], labels: Sequence[str]) -> list:

@@ -1,5 +1,6 @@
 """Inspected adapters as PNG: heat maps of ranks, spectra by kind of module, overlap of two adapters."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def save_pictures(found: Inspection | Comparison, folder: str | Path, labels: Se
     sides = [found.first, found.second] if two else [found]
     of_sides: Sequence[Mapping[str, Spectrum]] = found.spectra if two else [spectra(found)]
     labels = labels if two else [""]
+    caveats = _caveats(sides, labels)
     make_folder(folder)
     norms = [{module.name: module.norms for module in side.modules} for side in sides]
     values = [{name: spectrum.singular_values for name, spectrum in of.items()} for of in of_sides]
@@ -37,21 +39,24 @@ def save_pictures(found: Inspection | Comparison, folder: str | Path, labels: Se
         if two
         else rank_heatmap(ranks, folder / "ranks.png", title=f"Ranks: {describe_ranks(ranks)}"),
         spectrum_panels(
-            dict(zip(labels, norms, strict=True)),
+            norms,
+            labels,
             folder / "norms.png",
             title="Norms of the rank vectors, as stored",
             axes_names=("vector", "‖a‖ + ‖b‖"),
         ),
         spectrum_panels(
-            dict(zip(labels, values, strict=True)),
+            values,
+            labels,
             folder / "singular_values.png",
             title="Singular values of scaling · B A",
             axes_names=("number", "singular value"),
             logarithmic=True,
+            caveats=caveats,
         ),
     ]
     if two:
-        written.append(overlap_heatmap(found, folder / "overlap.png"))
+        written.append(overlap_heatmap(found, folder / "overlap.png", labels))
     if sides[-1].history is not None:
         written.append(rank_steps(vars(sides[-1].history), folder / "steps.png"))
     return written
@@ -92,8 +97,23 @@ def ranks_side_by_side(found: Comparison, path: str | Path, labels: Sequence[str
     return save_figure(figure, path)
 
 
-def overlap_heatmap(found: Comparison, path: str | Path) -> Path:
-    """PNG of a heat map: the part that the two column spaces have in common, in per cent; empty where one ΔW is zero."""
+def _caveats(sides: Sequence[Inspection], labels: Sequence[str]) -> list[str]:
+    """Of each adapter whose ΔW is more than what is drawn of it."""
+    found = [(label, side.caveat()) for label, side in zip(labels, sides, strict=True)]
+    return [f"{label}: {caveat}" if label else caveat for label, caveat in found if caveat]
+
+
+def _titled(title: str, caveats: Sequence[str], figure) -> str:
+    """With the caveats below, in lines that fit the figure at a size of 10 points."""
+    width = int(12 * figure.get_figwidth())
+    return "\n".join([title, *(textwrap.fill(caveat, width) for caveat in caveats)])
+
+
+def overlap_heatmap(found: Comparison, path: str | Path, labels: Sequence[str] = LABELS) -> Path:
+    """
+    PNG of a heat map of the modules that both have: the part that the two column spaces have in common, in per cent; empty where one
+    ΔW is zero.
+    """
     overlaps = {module.name: module.overlap_out for module in found.modules}
     kinds, layers, places = rank_grid({name: i for i, name in enumerate(overlaps)})
     values = list(overlaps.values())
@@ -101,25 +121,28 @@ def overlap_heatmap(found: Comparison, path: str | Path) -> Path:
     figure = need("matplotlib.figure", "a picture").Figure(figsize=grid_size(kinds, layers), layout="constrained")
     axes = figure.add_subplot()
     image = draw_grid(axes, kinds, layers, table, colours="YlGnBu", low=0, top=100, text="{:.0f}".format)
-    axes.set_title("Overlap of the column spaces of the two ΔW", fontsize=10, loc="left")
+    title = f"Overlap of the column spaces of the two ΔW,\n{len(overlaps)} modules in both"
+    axes.set_title(_titled(title, _caveats((found.first, found.second), labels), figure), fontsize=10, loc="left")
     colour_bar(figure, image, axes, "Σ cos² of the principal angles, %", pad=0.02, fraction=0.06)
     return save_figure(figure, path)
 
 
 def spectrum_panels(
-    sides: Mapping[str, Mapping[str, Sequence[float]]],
+    sides: Sequence[Mapping[str, Sequence[float]]],
+    labels: Sequence[str],
     path: str | Path,
     *,
     title: str,
     axes_names: tuple[str, str],
     logarithmic: bool = False,
+    caveats: Sequence[str] = (),
 ) -> Path:
     """
     PNG with a panel for each kind of module and in it a line for each layer, coloured by its depth.
 
-    Args: sides: {label: {module name: values}}, of one adapter or of two; the first of two is dashed.
+    Args: sides: {module name: values}, of one adapter or of two; the first of two is dashed.   caveats: told below the title.
     """
-    names = list(dict.fromkeys(name for side in sides.values() for name in side))
+    names = list(dict.fromkeys(name for side in sides for name in side))
     kinds, _, places = rank_grid({name: i for i, name in enumerate(names)})
     panels = [[None if i is None else names[i] for i in row] for row in places]
     if len(kinds) > MOST_PANELS:  # names without kinds and layers
@@ -132,13 +155,13 @@ def spectrum_panels(
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     whole = need("matplotlib", "a picture").colormaps["viridis"]
     colours = colors.ListedColormap([whole(i / 290) for i in range(256)])  # without its end, pale on white
-    every = [values for side in sides.values() for values in side.values()]
+    every = [values for side in sides for values in side.values()]
     longest = max(map(len, every))
     logarithmic = logarithmic and any(value > 0 for values in every for value in values)
     for place, (axes, kind, panel) in enumerate(zip(grid.flat, kinds, panels, strict=False)):
         for depth, name in enumerate(panel):
             colour = colours(depth / max(1, len(panel) - 1))
-            for number, side in enumerate(sides.values()):
+            for number, side in enumerate(sides):
                 values = side.get(name, ())
                 dashed = number < len(sides) - 1
                 axes.plot(
@@ -169,8 +192,8 @@ def spectrum_panels(
         scale = cm.ScalarMappable(cmap=colours)
         scale.set_clim(0, len(panels[0]) - 1)
         colour_bar(figure, scale, grid, "layer" if len(kinds) > 1 else "number of the module", pad=0.01, fraction=0.04)
-    note = "" if len(sides) == 1 else " (dashed: {}, solid: {})".format(*sides)
-    figure.suptitle(title + note, fontsize=10, x=0.01, ha="left")
+    note = "" if len(sides) == 1 else " (dashed: {}, solid: {})".format(*labels)
+    figure.suptitle(_titled(title + note, caveats, figure), fontsize=10, x=0.01, ha="left")
     figure.supxlabel(axes_names[0], fontsize=9)
     figure.supylabel(axes_names[1], fontsize=9)
     return save_figure(figure, path)

@@ -60,6 +60,8 @@ class Comparison:
     """
     modules: those of the same shape in both.   only_first, only_second: names that the other lacks.
     other_shapes: {name: the (N, K) of both} where they differ.   spectra: of the first and of the second, all modules.
+
+    Cosine and distance of all ΔW together count a module that one adapter lacks as ΔW = 0 there, and leave out `uncounted`.
     """
 
     first: Inspection
@@ -70,16 +72,42 @@ class Comparison:
     other_shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]]
     spectra: tuple[dict[str, Spectrum], dict[str, Spectrum]] = field(repr=False)
 
+    def uncounted(self) -> list[str]:
+        """Modules whose ΔW is unknown in one of the two (`Inspection.skipped`), or of another shape there."""
+        return list(dict.fromkeys([*self.other_shapes, *self.first.skipped, *self.second.skipped]))
+
+    def alone(self) -> tuple[dict[str, float], dict[str, float]]:
+        """{module: ‖ΔW‖} of those that the first has and the second lacks, and the other way round."""
+        without = self.uncounted()
+        return tuple(
+            {name: of[name].norm for name in names if name not in without}
+            for names, of in zip((self.only_first, self.only_second), self.spectra, strict=True)
+        )
+
+    def scope(self) -> str:
+        """Which modules `cosine` and `distance` are of, in words."""
+        alone, without = sum(map(len, self.alone())), len(self.uncounted())
+        text = f"{len(self.modules) + alone:,} modules"
+        if alone:
+            text += f", {alone:,} of them in one adapter alone (ΔW = 0 in the other)"
+        return text + (f"; {without:,} not compared" if without else "")
+
     def cosine(self) -> float | None:
         """Of all the ΔW together, as one long vector; None where one of them is zero."""
-        norms = [math.hypot(*(module.norms[side] for module in self.modules)) for side in (0, 1)]
+        norms = math.prod(self._norms())
         inner = sum((module.cosine or 0.0) * math.prod(module.norms) for module in self.modules)
-        return inner / math.prod(norms) if all(norms) else None
+        return inner / norms if norms else None
 
     def distance(self) -> float | None:
         """‖ΔW₂ − ΔW₁‖ / ‖ΔW₁‖ of all the ΔW together; None where the first is zero."""
-        before = math.hypot(*(module.norms[0] for module in self.modules))
-        return math.hypot(*(module.difference for module in self.modules)) / before if before else None
+        before, _ = self._norms()
+        apart = [norm for of in self.alone() for norm in of.values()]
+        return math.hypot(*apart, *(module.difference for module in self.modules)) / before if before else None
+
+    def _norms(self) -> list[float]:
+        """‖ΔW‖ of all the modules together, of the first and of the second."""
+        alone = self.alone()
+        return [math.hypot(*alone[side].values(), *(module.norms[side] for module in self.modules)) for side in (0, 1)]
 
     def overlap(self) -> float | None:
         """Mean of `overlap_out` over the modules that have one."""
