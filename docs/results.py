@@ -2,34 +2,59 @@
 Tables and plots of the pages, made from bench/results/*.json when the site is built, so that no number is copied by hand.
 
 A hook of mkdocs. In a page `<!-- results: NAME -->` stands for what TABLES[NAME] returns, and `<!-- results: quality-TABLE -->` for a
-table of bench/quality.py with its plot; figures/*.svg are those of FIGURES.
+table of bench/quality.py with its plot; figures/*.svg are those of FIGURES, figures/*.png those of PICTURES.
 """
 
+import functools
 import io
 import json
 import re
 import statistics
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 
 from adaptlora.kernels.devices import DEVICES
 from matplotlib.figure import Figure
 from mkdocs.structure.files import File
 
+from adaptlora.benchmarks import plots
 from adaptlora.plots import INK, MUTED, OURS, THEIRS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "bench"), str(ROOT / "tests")]
 
+import cost_growth  # noqa: E402
 import quality_report  # noqa: E402
 from layer_traffic import Layer  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
+SWEEP, GROWTH = "bench_layer_sweep", "cost_growth"
+# Benchmarks of one op each, and of what a rank change is made of.
+OPS = (
+    "lora_delta",
+    "compose",
+    "rank_norms",
+    "rank_gather",
+    "rank_change",
+    "low_rank_svd",
+    "randomized_svd",
+    "subspace_overlap",
+)
 GPUS = {80: "A100", 90: "H100"}
 
 
 def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
+
+
+def not_measured(command: str) -> str:
+    return f"Not measured yet: {command}."
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -68,8 +93,7 @@ def comparison(name: str, script: str) -> str:
         rows = []
         for provider, found in sorted(case["providers"].items(), key=lambda item: item[1]["ratio"]):
             low, high = found["ratio_quartiles"]
-            time = f"{found['median_ms']:.2f}" if "median_ms" in found else f"{found['median_MiB']:.0f} MiB"
-            rows.append([provider, time, ratio(found["ratio"]), f"{ratio(low)} – {ratio(high)}"])
+            rows.append([provider, f"{found['median_ms']:.2f}", ratio(found["ratio"]), f"{ratio(low)} – {ratio(high)}"])
             if peaks:
                 rows[-1].append(peaks.get(provider, "–"))
         header = [
@@ -79,21 +103,75 @@ def comparison(name: str, script: str) -> str:
             "quartiles",
             *(["peak beyond before, MiB"] if peaks else []),
         ]
-        parts.append(f"**{case['case']}** ({case['rounds']} rounds)\n\n{markdown(header, rows)}")
+        parts.append(
+            f"**{case['case']}** ({case['rounds']} round{'s' * (case['rounds'] > 1)})\n\n{markdown(header, rows)}"
+        )
     return "\n\n".join([*parts, f"`{script}`, `bench/results/{name}.json`. {machine(content)}"])
 
 
 def ratios(name: str, script: str) -> str:
-    """A row for each case of a benchmark: every provider's time over the floor's, medians of the rounds."""
+    """
+    A row for each case of a benchmark: every provider's time over the floor's, medians of the rounds; in brackets the roofline's time
+    over its own, where its work was counted.
+    """
     content = read(name)
     providers = list(dict.fromkeys(provider for case in content["cases"] for provider in case["providers"]))
     rows = []
     for case in content["cases"]:
         found = case["providers"]
-        cells = [ratio(found[provider]["ratio"]) if provider in found else "" for provider in providers]
-        rows.append([case["case"], f"{found[case['floor']]['median_ms']:.3f}", *cells])
+        cells = [_ratio_and_share(found[provider]) if provider in found else "" for provider in providers]
+        dtype = case.get("dtype", "torch.float32").removeprefix("torch.")
+        name = case["case"] + (f", {dtype}" if dtype != "float32" and dtype not in case["case"] else "")
+        rows.append([name, f"{found[case['floor']]['median_ms']:.3f}", *cells])
     header = ["", "ms of the one with 1.00", *providers]
     return f"{markdown(header, rows)}\n\n`{script}`, `bench/results/{name}.json`. {machine(content)}"
+
+
+def _ratio_and_share(row: dict) -> str:
+    return ratio(row["ratio"]) + (f" ({row['roofline_share']:.0%})" if "roofline_share" in row else "")
+
+
+def ops() -> str:
+    """A table of each op's benchmark that was run, and the names of the others."""
+    parts = [f"**`bench_{op}.py`**\n\n{ratios(f'bench_{op}', 'make bench')}" for op in OPS if measured(f"bench_{op}")]
+    others = ", ".join(f"`bench_{op}.py`" for op in OPS if not measured(f"bench_{op}"))
+    return "\n\n".join([*parts, *([not_measured(f"`make bench` ({others})")] if others else [])])
+
+
+def layer_sweep() -> str:
+    """Pictures of the layer's times over one axis at a time."""
+    if not measured(SWEEP):
+        return not_measured("`make bench` (`bench/bench_layer_sweep.py`)")
+    images = "\n\n".join(
+        f"![One layer, {name.removeprefix('layer_')}](figures/{name}.png)" for name in sweep_pictures()
+    )
+    return f"{images}\n\n`make bench`, `bench/results/{SWEEP}.json`. {machine(read(SWEEP))}"
+
+
+def growth() -> dict | None:
+    """The measurements of bench/cost_growth.py with their fits; None until all of it was measured."""
+    content = read(GROWTH) if measured(GROWTH) else {}
+    return content if "fits" in content else None
+
+
+def growth_fits() -> str:
+    content, command = growth(), "`python bench/cost_growth.py`"
+    if content is None:
+        return not_measured(command)
+    return (
+        f"{cost_growth.fit_table(content)}\n\n![Costs against sizes](figures/{GROWTH}.png)\n\n{command}, "
+        f"`bench/results/{GROWTH}.json`. {machine(content)}"
+    )
+
+
+def growth_here() -> str:
+    """What the fits say of the large model, on the processor of the measurements: the last table of the script's predictions."""
+    content, command = growth(), "`python bench/cost_growth.py`"
+    if content is None:
+        return not_measured(command)
+    tables = cost_growth.prediction_tables(content["predictions"])
+    title, heads, rows = next(table for table in tables if "on the machine of the measurements" in table[0])
+    return f"{title}\n\n{cost_growth.markdown(heads, rows)}\n\n{command}, `bench/results/{GROWTH}.json`."
 
 
 def memory() -> str:
@@ -248,6 +326,10 @@ TABLES = {
     "peft": lambda: comparison("bench_peft", "make bench"),
     "step": lambda: comparison("bench_step", "make bench"),
     "layer": lambda: ratios("bench_lora_linear", "make bench"),
+    "layer-sweep": layer_sweep,
+    "ops": ops,
+    "cost-growth": growth_fits,
+    "cost-growth-here": growth_here,
     "penalty": lambda: ratios("bench_rank_penalty", "make bench"),
     "step-parts": lambda: comparison("bench_step_parts", "make bench"),
     "memory": memory,
@@ -338,28 +420,50 @@ def gpu_roofline() -> str:
     return svg(figure)
 
 
-def cpu_points() -> tuple[dict, list[tuple[str, str, float, float]]]:
-    """(limits, [(benchmark, provider, FLOP / byte, GFLOP/s)]) of the results that were measured beside limits of the machine."""
-    limits: dict = {}
-    points = []
+def cpu_results() -> tuple[list[str], list[str]]:
+    """
+    (those under one roof, the others) of the results that were measured on a CPU beside limits of the machine. One roof has what was
+    measured on one kind of machine with the same number of threads: of several such, most results.
+    """
+    roofs = {}
     for file in sorted(RESULTS.glob("bench_*.json")):
-        content = read(file.stem)
-        found = content.get("environment", {}).get("limits")
-        if not found:
-            continue
-        limits = limits or found
-        points += [
-            (file.stem.removeprefix("bench_"), provider, row["flops"] / row["bytes"], row["gflop_per_s"])
-            for case in content["cases"]
-            if case.get("dtype", "torch.float32") == "torch.float32"
-            for provider, row in case["providers"].items()
-            if row.get("flops") and row.get("bytes")
-        ]
-    return limits, points
+        environment = read(file.stem).get("environment", {})
+        of, limits = environment.get("machine", {}), environment.get("limits")
+        # Files from before "device" was in them are told by their GPU.
+        if limits and environment.get("device", "cuda" if "gpu" in of else "cpu") == "cpu":
+            roofs[file.stem] = of.get("cpu"), of.get("cores"), limits["threads"]
+    most = max(Counter(roofs.values()).items(), key=lambda item: item[1], default=(None, 0))[0]
+    return [name for name, roof in roofs.items() if roof == most], [n for n, roof in roofs.items() if roof != most]
+
+
+def _fastest(limits: list[dict]) -> dict:
+    """One of the limits that several runs on the same machine measured: what the machine was seen to do at best."""
+
+    def best(part: str) -> dict[str, float]:
+        keys = dict.fromkeys(key for of in limits for key in of[part])
+        return {key: max(of[part][key] for of in limits if key in of[part]) for key in keys}
+
+    return {"threads": limits[0]["threads"]} | {part: best(part) for part in ("gb_per_s_by_mib", "gflop_per_s")}
+
+
+def cpu_points() -> tuple[dict, list[tuple[str, str, float, float]]]:
+    """(limits, [(benchmark, provider, FLOP / byte, GFLOP/s)]) in float32, of `cpu_results`' first part; ({}, []) without any."""
+    contents = {name: read(name) for name in cpu_results()[0]}
+    points = [
+        (name.removeprefix("bench_"), provider, row["flops"] / row["bytes"], row["gflop_per_s"])
+        for name, content in contents.items()
+        for case in content["cases"]
+        if case.get("dtype", "torch.float32") == "torch.float32"
+        for provider, row in case["providers"].items()
+        if row.get("flops") and row.get("bytes")
+    ]
+    if not points:
+        return {}, []
+    return _fastest([content["environment"]["limits"] for content in contents.values()]), points
 
 
 def cpu_roofline() -> str:
-    """Measured rates of ops and layers under the measured limits of the machine."""
+    """Measured rates of ops and layers under the limits of the machine as they were measured at best."""
     limits, points = cpu_points()
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -392,8 +496,12 @@ def cpu_figure() -> str:
         return (
             "The results in `bench/results/` are of runs that did not measure the machine's limits; `make bench` does."
         )
-    return "![Roofline of the CPU measurements](figures/roofline_cpu.svg)\n\n" + (
-        f"`make bench`, with {limits['threads']} threads."
+    names, others = cpu_results()
+    left_out = f" Not in it, being of another machine or number of threads: {', '.join(others)}." if others else ""
+    of = read(names[0])["environment"]["machine"]
+    return (
+        "![Roofline of the CPU measurements](figures/roofline_cpu.svg)\n\n`make bench`, `bench/results/`: "
+        f"{', '.join(names)}; {of['cpu']}, {of['cores']} cores, {threads(limits)}.{left_out}"
     )
 
 
@@ -404,10 +512,32 @@ TABLES["gpu-roofline"] = lambda: (
 FIGURES = {"roofline_gpu": gpu_roofline, "roofline_cpu": cpu_roofline}
 
 
+def _drawn(draw) -> dict[str, bytes]:
+    """{name: PNG} of what `draw(folder)` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder))
+        return {path.stem: path.read_bytes() for path in sorted(Path(folder).glob("*.png"))}
+
+
+@functools.cache
+def sweep_pictures() -> dict[str, bytes]:
+    drawn = _drawn(lambda folder: plots.draw(read(SWEEP), folder, ratios=False))
+    return {name: picture for name, picture in drawn.items() if name.startswith("layer_")}
+
+
+def growth_pictures() -> dict[str, bytes]:
+    return _drawn(lambda folder: cost_growth.draw(growth(), folder / f"{GROWTH}.png"))
+
+
+# (whether there is something to draw, what draws it)
+PICTURES = ((lambda: measured(SWEEP), sweep_pictures), (lambda: growth() is not None, growth_pictures))
+
+
 # What mkdocs calls
 
 
 def on_files(files, config):
+    sweep_pictures.cache_clear()
     if (RESULTS / "quality.json").exists():
         for name, summary in read("quality").get("tables", {}).items():
             figure = svg(quality_report.figure(summary))
@@ -415,6 +545,9 @@ def on_files(files, config):
     for name, draw in FIGURES.items():
         if draw is not cpu_roofline or cpu_points()[0]:
             files.append(File.generated(config, f"figures/{name}.svg", content=draw()))
+    for there, pictures in PICTURES:
+        for name, content in pictures().items() if there() else ():
+            files.append(File.generated(config, f"figures/{name}.png", content=content))
     return files
 
 

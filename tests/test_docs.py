@@ -6,6 +6,7 @@ process. What a reader would have at hand (a model, data, a loop's names) is mad
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import adaptlora
 from adaptlora import methods
+from adaptlora.benchmarks.accuracy import FLOOR
 from adaptlora.cli import app
 
 # Blocks that other tests run, as printed, with what takes longer than a page may: {(page, how it begins): the test file}.
@@ -246,6 +248,9 @@ def after_migrating(names: dict) -> None:
 
 
 def after_extending(names: dict) -> None:
+    for field, value in {"every": "3", "drop": 1.5, "target_r": math.nan}.items():
+        with pytest.raises(ValueError, match=f"^FadeConfig: {field} must be an? (integer|number) > 0, got {value!r}"):
+            names["FadeConfig"](**{"target_modules": "all-linear", field: value})
     names["test_rank_energy"]()
     assert sum(ranks("faded")) == 4 * len(names["adapter"].layers)
 
@@ -397,9 +402,8 @@ def test_tables_and_plots_of_results():
     with patch.object(sys, "path", [str(ROOT / "docs"), *sys.path]):
         import results
 
-    assert {match for page in PAGES for match in re.findall(r"<!-- results: ([\w-]+) -->", (ROOT / page).read_text())} >= {
-        "step", "memory", "traffic", "layer-traffic", "compiled", "cpu-roofline", "gpu-roofline", "recipes",
-    }  # fmt: skip
+    shown = {match for page in PAGES for match in re.findall(r"<!-- results: ([\w-]+) -->", (ROOT / page).read_text())}
+    assert {name for name in shown if not name.startswith("quality-")} == results.TABLES.keys()
     step = results.read("bench_step")
     table = results.TABLES["step"]()
     for case in step["cases"]:
@@ -423,15 +427,98 @@ def test_cpu_roofline_of_a_result_with_limits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     limits = {"threads": 2, "gb_per_s_by_mib": {"1": 80.0, "512": 20.0}, "gflop_per_s": {"float32": 100.0}}
+    machine = {"cpu": "a processor", "cores": 2, "threads": 2}
     counted = {"flops": 3e9, "bytes": 1e9, "gflop_per_s": 40.0}
     cases = [{"providers": {"adaptlora": counted, "PEFT": counted | {"gflop_per_s": 20.0}, "frozen": {"ratio": 1.0}}}]
     cases.append({"dtype": "torch.bfloat16", "providers": {"adaptlora": counted}})  # under another roof
     (tmp_path / "bench_old.json").write_text(json.dumps({"environment": {}, "cases": cases}))
     assert results.cpu_points() == ({}, []) and "did not measure" in results.cpu_figure()
-    (tmp_path / "bench_layer.json").write_text(json.dumps({"environment": {"limits": limits}, "cases": cases}))
+
+    def write(name, machine, limits, **environment):
+        environment |= {"machine": machine, "limits": limits}
+        (tmp_path / f"bench_{name}.json").write_text(json.dumps({"environment": environment, "cases": cases}))
+
+    # The roof is what either of two runs on one machine saw at best; no GPU's points and no other machine's are under it.
+    write("layer", machine, limits)
+    write("other", machine, limits | {"gb_per_s_by_mib": {"1": 90.0, "512": 10.0}}, device="cpu")
+    write("a_gpu", machine | {"gpu": "H100"}, limits, device="cuda")
+    write("an_old_gpu", machine | {"gpu": "H100"}, limits)
+    write("on_the_cpu_of_a_gpu", machine | {"gpu": "H100"}, limits, device="cpu")
+    write("one_thread", machine, limits | {"threads": 1})
     found, points = results.cpu_points()
-    assert found == limits and points == [("layer", "adaptlora", 3.0, 40.0), ("layer", "PEFT", 3.0, 20.0)]
-    assert "figures/roofline_cpu.svg" in results.cpu_figure() and "<svg" in results.cpu_roofline()
+    assert found == limits | {"gb_per_s_by_mib": {"1": 90.0, "512": 20.0}}
+    names = ["layer", "on_the_cpu_of_a_gpu", "other"]
+    assert points == [(n, *row) for n in names for row in (("adaptlora", 3.0, 40.0), ("PEFT", 3.0, 20.0))]
+    figure = results.cpu_figure()
+    assert "figures/roofline_cpu.svg" in figure and "threads: bench_one_thread." in figure
+    assert "bench_a" not in figure and "<svg" in results.cpu_roofline()
+
+
+def test_what_is_not_measured_yet_is_said_and_shown_once_it_is(tmp_path, monkeypatch):
+    with patch.object(sys, "path", [str(ROOT / "docs"), *sys.path]):
+        import results
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    results.sweep_pictures.cache_clear()
+    commands = {"ops": "make bench", "layer-sweep": "make bench", "cost-growth": "python bench/cost_growth.py"}
+    for name, command in (commands | {"cost-growth-here": commands["cost-growth"]}).items():
+        assert results.TABLES[name]().startswith(f"Not measured yet: `{command}`")
+    times = {
+        "median_ms": 2.0,
+        "quartiles_ms": [1.9, 2.1],
+        "ratio": 1.0,
+        "ratio_quartiles": [1, 1],
+        "roofline_share": 0.5,
+    }
+    facts = {"floor": "frozen linear", "K": 64, "M": 8, "dropout": 0.0, "dtype": "torch.float32", "axes": ["R"]}
+    cases = [
+        {
+            "case": f"R = {R}",
+            "R": R,
+            "rounds": 5,
+            "providers": {"frozen linear": times, "adaptlora": times | {"ratio": 1.25}},
+            **facts,
+        }
+        for R in (8, 16)
+    ]
+    machine = {"cpu": "a processor", "cores": 2, "threads": 2}
+    versions = {"torch": "2", "peft": "0"}
+    environment = {"machine": machine, "versions": versions, "isa": "avx2", "load_before": 0.1}
+    content = json.dumps({"environment": environment, "cases": cases})
+    for name in ("bench_rank_norms", "bench_layer_sweep"):
+        (tmp_path / f"{name}.json").write_text(content)
+    assert "| R = 8 | 2.000 | 1.00 (50%) | 1.25 (50%) |" in results.TABLES["ops"]()
+    assert "rank_norms" not in results.TABLES["ops"]().partition("Not measured yet")[2]
+    assert "![One layer, r](figures/layer_r.png)" in results.TABLES["layer-sweep"]()
+    assert results.sweep_pictures()["layer_r"].startswith(b"\x89PNG")
+    results.sweep_pictures.cache_clear()
+    # Tables of the growth's own script, and none of a run that is not complete.
+    (tmp_path / "cost_growth.json").write_text(json.dumps({"benchmark": "cost_growth", "points": []}))
+    assert results.TABLES["cost-growth"]().startswith("Not measured yet")
+    row = {
+        "quantity": "step",
+        "axis": "rank",
+        "provider": "PEFT",
+        "from": 1,
+        "to": 256,
+        "smallest": 1.5,
+        "largest": 9.0,
+    }
+    row |= {"unit": "ms", "slope": [0.71, 0.02], "upper": [0.9, 0.03]}
+    (tmp_path / "cost_growth.json").write_text(
+        json.dumps({"environment": environment, "fits": [row], "predictions": {}})
+    )
+    assert "| step | rank 1 … 256 | PEFT | 1.5 … 9 ms | 0.71 ± 0.02 | 0.90 ± 0.03 |" in results.TABLES["cost-growth"]()
+    title = "Predicted, not measured: a model, on the machine of the measurements"
+    tables = [("of a GPU", ["a"], [["0"]]), (title, ["average rank"], [["8 → 4"]])]
+    monkeypatch.setattr("cost_growth.prediction_tables", lambda found: tables)
+    assert results.TABLES["cost-growth-here"]().startswith(f"{title}\n\n| average rank |\n| --- |\n| 8 → 4 |")
+
+
+def test_the_tolerance_on_the_page_is_the_rules():
+    text = (ROOT / "docs" / "correctness.md").read_text(encoding="utf-8")
+    found = dict((name, -int(power)) for power, name in re.findall(r"2\^−(\d+) for (\w+)", text))
+    assert {getattr(torch, name): 2.0**power for name, power in found.items()} == FLOOR
 
 
 @pytest.mark.parametrize("page", PAGES)
