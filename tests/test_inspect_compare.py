@@ -111,8 +111,10 @@ def test_all_together_counts_a_module_that_is_not_there_as_zero():
     assert (
         f"cosine {result.cosine():.4f}, distance {result.distance():.4f}, of {of}" in invoke("inspect", "x", "y").output
     )
-    together = dict(page_data(result, ["x", "y"])["together"])
-    assert together["cosine of all ΔW"] == f"{result.cosine():.4f}" and together["all ΔW are of"] == of
+    together = page_data(result, ["x", "y"])["together"]
+    assert ("cosine of all ΔW", f"{result.cosine():.4f}") in together["facts"] and together["notes"] == [
+        f"All ΔW: {of}."
+    ]
     assert "overlap: 100.0% on average of the 1 modules in both" in invoke("inspect", "x", "--before", "y").output
 
 

@@ -86,7 +86,8 @@ def inspect(
     Of two adapters it shows, for each module of both, the ranks, the norms and
     the cosine of the two ΔW = scaling · B A, how far they are apart as a part of
     the first, and how much of their column spaces they share (Σ cos² of the
-    principal angles, over the smaller rank).
+    principal angles, over the smaller rank). All together, a module that one of
+    them lacks counts as ΔW = 0 there. In less than 120 columns some are left out.
     """
     from ..inspection import compare, inspect_adapter, save_page, save_pictures
     from ..inspection.page import check_page_path

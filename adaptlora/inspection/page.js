@@ -65,7 +65,7 @@
 
   function summaries() {
     const cards = adapters.map((adapter, side) => facts(two ? SIDES[side] : "", adapter.label, adapter.facts, adapter.notes));
-    if (two) cards.push(facts("", "Side by side", data.together, []));
+    if (two) cards.push(facts("", "Side by side", data.together.facts, data.together.notes));
     return el("section", { class: "cards", "aria-label": "Summary" }, ...cards);
   }
 

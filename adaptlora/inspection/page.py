@@ -119,7 +119,7 @@ def page_data(found: Inspection | Comparison, labels: Sequence[str]) -> dict:
         "grid": grid,
         "prefix": prefix,
         "modules": modules,
-        "together": _together(found) if two else [],
+        "together": _together(found) if two else None,
         "lists": _lists(found, sides, labels),
     }
 
@@ -175,7 +175,7 @@ def _history(found: Inspection) -> dict | None:
     }
 
 
-def _together(found: Comparison) -> list[tuple[str, str]]:
+def _together(found: Comparison) -> dict:
     first, second = found.first.parameters(), found.second.parameters()
     rows = [
         ("modules in both", f"{len(found.modules):,}"),
@@ -187,7 +187,7 @@ def _together(found: Comparison) -> list[tuple[str, str]]:
         ("overlap, mean of those in both", found.overlap(), "{:.1%}"),
     ):
         rows.append((name, "–" if value is None else form.format(value)))
-    return [*rows, ("all ΔW are of", found.scope())]
+    return {"facts": rows, "notes": [f"All ΔW: {found.scope()}."]}
 
 
 def _lists(found: Inspection | Comparison, sides: Sequence[Inspection], labels: Sequence[str]) -> list:

@@ -98,15 +98,20 @@ def ranks_side_by_side(found: Comparison, path: str | Path, labels: Sequence[str
 
 
 def _caveats(sides: Sequence[Inspection], labels: Sequence[str]) -> list[str]:
-    """Of each adapter whose ΔW is more than what is drawn of it."""
-    found = [(label, side.caveat()) for label, side in zip(labels, sides, strict=True)]
-    return [f"{label}: {caveat}" if label else caveat for label, caveat in found if caveat]
+    """Of adapters whose ΔW is more than what is drawn of it; once where both have the same."""
+    found: dict[str, list[str]] = {}
+    for label, side in zip(labels, sides, strict=True):
+        if side.caveat() is not None:
+            found.setdefault(side.caveat(), []).append(label)
+    return [f"{' and '.join(of)}: {caveat}" if any(of) else caveat for caveat, of in found.items()]
 
 
-def _titled(title: str, caveats: Sequence[str], figure) -> str:
-    """With the caveats below, in lines that fit the figure at a size of 10 points."""
-    width = int(12 * figure.get_figwidth())
-    return "\n".join([title, *(textwrap.fill(caveat, width) for caveat in caveats)])
+def _head(figure, title: str, caveats: Sequence[str]) -> None:
+    """Title and caveats at the top left, in lines that fit; the figure grows by those after the first."""
+    width = int(12 * figure.get_figwidth())  # letters of 10 points
+    text = "\n".join(textwrap.fill(line, width) for line in (title, *caveats))
+    figure.set_figheight(figure.get_figheight() + 0.17 * text.count("\n"))
+    figure.suptitle(text, fontsize=10, x=0.01, ha="left")
 
 
 def overlap_heatmap(found: Comparison, path: str | Path, labels: Sequence[str] = LABELS) -> Path:
@@ -121,8 +126,8 @@ def overlap_heatmap(found: Comparison, path: str | Path, labels: Sequence[str] =
     figure = need("matplotlib.figure", "a picture").Figure(figsize=grid_size(kinds, layers), layout="constrained")
     axes = figure.add_subplot()
     image = draw_grid(axes, kinds, layers, table, colours="YlGnBu", low=0, top=100, text="{:.0f}".format)
-    title = f"Overlap of the column spaces of the two ΔW,\n{len(overlaps)} modules in both"
-    axes.set_title(_titled(title, _caveats((found.first, found.second), labels), figure), fontsize=10, loc="left")
+    title = f"Overlap of the column spaces of the two ΔW, {len(overlaps)} modules in both"
+    _head(figure, title, _caveats((found.first, found.second), labels))
     colour_bar(figure, image, axes, "Σ cos² of the principal angles, %", pad=0.02, fraction=0.06)
     return save_figure(figure, path)
 
@@ -193,7 +198,7 @@ def spectrum_panels(
         scale.set_clim(0, len(panels[0]) - 1)
         colour_bar(figure, scale, grid, "layer" if len(kinds) > 1 else "number of the module", pad=0.01, fraction=0.04)
     note = "" if len(sides) == 1 else " (dashed: {}, solid: {})".format(*labels)
-    figure.suptitle(_titled(title + note, caveats, figure), fontsize=10, x=0.01, ha="left")
+    _head(figure, title + note, caveats)
     figure.supxlabel(axes_names[0], fontsize=9)
     figure.supylabel(axes_names[1], fontsize=9)
     return save_figure(figure, path)
