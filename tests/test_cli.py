@@ -199,7 +199,7 @@ def test_a_prompt_that_fills_max_length_is_refused(llama):
         *("--label-column", "a", "--max-length", 8, "-o", "out"),
         code=2,
     )
-    assert "max_length must leave room after every prompt, got 8" in result.stderr
+    assert "max_length must leave room after a prompt of the rows to train on, got 8" in result.stderr
 
 
 BAD = [

@@ -52,7 +52,10 @@ def test_every_recipe_is_found_by_its_name_and_by_its_path():
     readme = (ROOT / "recipes" / "README.md").read_text()
     for path in files:
         assert recipes.find(path.stem).samefile(path) and recipes.find(str(path)) == path
-        assert f"| `{path.stem}` |" in readme
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{path.stem}` |")).split("|")
+        spec = recipes.read(path).spec
+        method = spec.method if spec.shear is None else f"{spec.method} + {spec.shear['method']}"
+        assert [cell.strip() for cell in row[4:7]] == [method, spec.task, f"{spec.steps:,}"]
     with pytest.raises(ValueError, match=f"recipe must be a .yaml file or one of .*{MRPC}.*, got 'glue-mrpx'"):
         recipes.find("glue-mrpx")
     with pytest.raises(ValueError, match="must be a file that exists, got 'no.yaml'"):
@@ -125,6 +128,19 @@ BAD = [
     (
         run_with(task_options={"beams": 2}),
         r"task_options must be settings of task classification \(it has none\), got 'beams'",
+    ),
+    (
+        run_with(task="question-answering", columns={}, metrics=None, task_options={"stride": "128"}),
+        "task_options.stride must be an integer, got '128'",
+    ),
+    (
+        run_with(task="question-answering", columns={}, metrics=None, task_options={"none": "no"}),
+        "task_options.none must be true or false, got 'no'",
+    ),
+    (run_with(task="causal-lm", columns={}, metrics=["answer"]), "metric answer must go with task_options.answer"),
+    (
+        run_with(task="causal-lm", columns={}, metrics=["bleu"], generate=0),
+        "generate must be at least 1 for metric bleu, got 0",
     ),
     (
         run_with(columns={"pear": "sentence2"}),
@@ -444,6 +460,39 @@ def test_answers_are_found_again_in_their_windows(tmp_path):
     assert task.evaluate(torch.nn.Identity()) == {"exact": 100.0, "f1": 100.0}
 
 
+def test_rows_that_cannot_be_learnt_are_left_out_and_counted(tmp_path):
+    task, rows = small_task(tmp_path, "e2e-tinyllama")
+    prompts = sorted(len(row["input_ids"]) - int((row["labels"] != tasks.IGNORED).sum()) for row in task.train)
+    test = [min(rows, key=lambda row: len(row["meaning_representation"]))]
+    data_ = replace(task.data, test=[{"text": "a", "label": test[0]["human_reference"]}])
+    fewer = tasks.build(replace(task.spec, max_length=prompts[-1]), data_)
+    assert fewer.dropped == prompts.count(prompts[-1]) and len(fewer.train) == len(rows) - fewer.dropped
+    with pytest.raises(ValueError, match=r"leave room after a prompt of the rows to train on, got 2 for 12 rows"):
+        tasks.build(replace(task.spec, max_length=2), data_)
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_rows_without_text_are_named(tmp_path, text):
+    rows = [{"a": "x", "b": "y"}, {"a": "x", "b": text}]
+    (tmp_path / "t.json").write_text("\n".join(map(json.dumps, rows)))
+    spec = FinetuneSpec(
+        model="unused", data=str(tmp_path / "t.json"), eval_data=str(tmp_path / "t.json"), text_column="a", label_column="b",
+        task="seq2seq", data_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=f"column 'b' must hold a value in every row, got {text!r} in row 2 of the rows to train on"
+    ):
+        data.load(spec)
+
+
+def test_fields_that_the_model_does_not_read_are_refused(tmp_path):
+    task, _ = small_task(tmp_path, MRPC)
+    assert task.spec.model_options == {"cls_dropout": 0.0} and task.model() is not None
+    task.spec = replace(task.spec, model_options={"cls_dropuot": 0.0})
+    with pytest.raises(ValueError, match="model_options must be fields of DebertaV2Config, .*, got 'cls_dropuot'"):
+        task.model()
+
+
 def test_the_best_span_is_short_ordered_and_inside():
     import numpy
 
@@ -459,6 +508,8 @@ def test_scores_of_texts_by_hand():
     assert scores == {"exact": 50.0, "f1": pytest.approx(100 * (1 + 2 / 3 + 1 + 0) / 4)}
     rouge = metrics.rouge(["the cat sat"], [["dogs run", "cats sat down"]])
     assert rouge["rougeL"] == pytest.approx(100 * 2 / 3) and rouge["rouge2"] == pytest.approx(50)
+    two = metrics.rouge(["A dog ran. The cat sat."], [["the cat sat.\na dog ran."]])
+    assert two["rougeLsum"] == pytest.approx(100) and two["rougeL"] == pytest.approx(50)
     references = [["the correct answer is answer1"], ["the correct answer is true"]]
     assert metrics.same_answers(["It is Answer1", "answer2 is"], references, r"(?i)answer\d|true") == 0.5
     with pytest.raises(ValueError, match="answer must match in every reference"):

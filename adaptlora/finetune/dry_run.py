@@ -1,8 +1,9 @@
 """A recipe, tried out: its own run on a small random model of the same architecture and made-up data with the same columns.
 
 It goes the whole way: the data set's loader, tokenisation, batches, model, loss, metrics, the method's rank changes, shearing, the
-adapter's file and its reload by stock PEFT. What the real model would train is counted on it without its weights. Left out are the hub with its real
-tokenizers, splits and columns, pretrained weights, other precisions than float32, the GPU, and PEFT's twin of `compare`.
+adapter's file and its reload by stock PEFT. What the real model would train is counted on it without its weights.
+Left out are the hub with its tokenizers, splits and columns, pretrained weights, other precisions than float32, the GPU, and PEFT's twin
+of `compare`.
 """
 
 import re

@@ -125,6 +125,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> floa
 def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """Mean F of rouge1, rouge2, rougeL and rougeLsum with stemming, 0 to 100; of several references the best one for each.
 
+    rougeLsum goes sentence by sentence: one ends at a line break, or at . ! ? and a blank.
+
     Raises: ValueError, MissingExtraError.
     """
     if len(texts) != len(references) or not all(references):
@@ -132,10 +134,15 @@ def rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
     names = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     scorer = need("rouge_score.rouge_scorer", "ROUGE").RougeScorer(names, use_stemmer=True)
     best = [
-        {name: max(scorer.score(wanted, text)[name].fmeasure for wanted in some) for name in names}
+        {name: max(scorer.score(_lines(wanted), _lines(text))[name].fmeasure for wanted in some) for name in names}
         for text, some in zip(texts, references, strict=True)
     ]
     return {name: 100 * statistics.fmean(row[name] for row in best) for name in names}
+
+
+def _lines(text: str) -> str:
+    """One sentence a line."""
+    return "\n".join(re.split(r"(?<=[.!?])\s+|\n", text.strip()))
 
 
 def same_answers(texts: Sequence[str], references: Sequence[Sequence[str]], pattern: str) -> float:

@@ -10,14 +10,14 @@ recipes/README.md describes them.
 
 import math
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from . import sources, synthetic
 from ._extras import need
+from .field_types import described, fits
 from .presets import FinetuneSpec
 from .registry import TASKS, task_class
 
@@ -141,8 +141,8 @@ class _File:
         for name, kind in known.items():
             if name in wanted and name not in value:
                 self.refuse(f"{prefix}{name}", "be given", None)
-            if name in value and not _fits(value[name], kind):
-                self.refuse(f"{prefix}{name}", f"be {_described(kind)}", value[name])
+            if name in value and not fits(value[name], kind):
+                self.refuse(f"{prefix}{name}", f"be {described(kind)}", value[name])
 
     def parse(self):
         yaml = need("yaml", "reading recipes")
@@ -177,7 +177,7 @@ def _check_sources(content: Mapping, file: _File) -> None:
     """Every number of `run` is said to come from somewhere, if only from us."""
     named = []
     for source, given in content["sources"].items():
-        if not _fits(given, tuple[str, ...]):
+        if not fits(given, tuple[str, ...]):
             file.refuse(f"sources.{source}", "be a list of fields of run", given)
         named += given
     run = content["run"]
@@ -205,9 +205,9 @@ def _spec(run: Mapping, train: int, changes: Mapping, file: _File) -> FinetuneSp
     for name, value in run.items():
         if name not in hints:
             file.refuse(f"run.{name}", "be a field of FinetuneSpec, or epochs", value)
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             hint = " (YAML takes 1e-3 for text: write 1.0e-3)" if _is_number_in_text(value) else ""
-            file.refuse(f"run.{name}", f"be {_described(hints[name])}{hint}", value)
+            file.refuse(f"run.{name}", f"be {described(hints[name])}{hint}", value)
     if ("epochs" in run) == ("steps" in run):
         file.refuse("run", "have either epochs or steps", [name for name in ("epochs", "steps") if name in run])
     for name in ("task", "model", "data"):
@@ -274,34 +274,6 @@ def _bare(error: Exception) -> str:
 
 def _without(mapping: Mapping, *names: str) -> dict:
     return {name: value for name, value in mapping.items() if name not in names}
-
-
-def _fits(value, hint) -> bool:
-    """Whether a value of YAML is of a field's type; a list is a tuple, and a whole number a number."""
-    origin = get_origin(hint)
-    if hint is object:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint is dict or (origin is not None and issubclass(origin, Mapping)):
-        values = get_args(hint)[1] if origin is not None else object
-        return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, values) for k, v in value.items())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def _described(hint) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_described(option) for option in get_args(hint))
-    if origin is tuple:
-        return "a list of texts"
-    if hint is dict or origin is not None:
-        return "a mapping"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}[hint]
 
 
 def _is_number_in_text(value) -> bool:

@@ -87,6 +87,11 @@ def run(spec: FinetuneSpec, *, out: str | Path | None = None, watch: Watch | Non
         report.notes.append(
             f"{spec.data} is one file, without the split {spec.test_split}: {len(data.test):,} of its rows were held out to test on"
         )
+    if task.dropped:
+        report.notes.append(
+            f"{task.dropped:,} of {len(data.train):,} rows to train on were left out: within max_length={spec.max_length} tokens there is"
+            " nothing to learn in them"
+        )
     with _kept_if_it_fails(adapter, report, out):
         _learn(task, learners, report, watch)
         with _folder_beside(out) as partial:

@@ -1,9 +1,12 @@
 """What every task is made of."""
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +16,7 @@ from .. import sources
 from .._extras import need
 from ..data import Dataset
 from ..fetch import locate
+from ..field_types import described, fits
 from ..peft_twin import logits
 from ..presets import HUB, FinetuneSpec
 from ..smollm2 import convert
@@ -48,6 +52,7 @@ class Task:
 
     def __init__(self, spec: FinetuneSpec, data: Dataset):
         self.spec = spec
+        self.dropped = 0  # training examples that could not be learnt
         self.data = data
         self.options = self.Options(**spec.task_options)
         self.device = _device(spec)
@@ -78,6 +83,10 @@ class Task:
                 raise ValueError(
                     f"finetune: task_options must be settings of task {spec.task} ({', '.join(known) or 'it has none'}), got {name!r}"
                 )
+        hints = get_type_hints(cls.Options)
+        for name, value in spec.task_options.items():
+            if not fits(value, hints[name]):
+                raise ValueError(f"finetune: task_options.{name} must be {described(hints[name])}, got {value!r}")
         cls.Options(**spec.task_options)
 
     @property
@@ -143,10 +152,12 @@ class Task:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.spec.seed)
             config = self._pretrained("AutoConfig", **self._config_fields())
+            self._check_model_options(config)
             for name, value in self.spec.model_options.items():
                 setattr(config, name, value)  # some models read fields that their configuration does not have by itself
+            new_head = type(self).heads.__func__ is not Task.heads.__func__  # its old sizes may be others
             model = self._pretrained(
-                self._auto, config=config, dtype=getattr(torch, self.spec.dtype), ignore_mismatched_sizes=True
+                self._auto, config=config, dtype=getattr(torch, self.spec.dtype), ignore_mismatched_sizes=new_head
             )
         if self.spec.model_dropout is not None:
             for module in model.modules():
@@ -155,6 +166,18 @@ class Task:
         if self.spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.to(self.device)
+
+    def _check_model_options(self, config) -> None:
+        """Raises: ValueError (a field that neither the configuration has nor the model's code names)."""
+        kinds = getattr(self.transformers, self._auto)._model_mapping
+        if type(config) not in kinds:
+            return  # loading it says so
+        source = inspect.getsource(sys.modules[kinds[type(config)].__module__])
+        for name in self.spec.model_options:
+            if not hasattr(config, name) and not re.search(rf"\b{re.escape(name)}\b", source):
+                raise ValueError(
+                    f"finetune: model_options must be fields of {type(config).__name__}, or such that the model reads, got {name!r}"
+                )
 
     @classmethod
     def heads(cls, model: nn.Module) -> list[str]:
@@ -174,7 +197,7 @@ class Task:
             revision = {"revision": self.spec.revision}
         try:
             return getattr(self.transformers, auto).from_pretrained(source, **revision, **arguments)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"finetune: model must load as {auto}, got {str(source)!r}: {reason}") from error
 

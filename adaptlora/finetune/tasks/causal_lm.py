@@ -1,6 +1,7 @@
 """The next token."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,21 +55,29 @@ class CausalLM(TextTask):
     metrics: ClassVar = {"perplexity": False, "bleu": True, "rougeL": True, "answer": True}
     default_metrics = ("perplexity", "bleu")
     Options = Options
+    _targets: ClassVar = ("label",)
     _auto = "AutoModelForCausalLM"
     _most_tested = 16  # logits are (batch, length, vocabulary)
     _written: ClassVar = ("bleu", "rougeL", "answer")  # metrics of generated texts
 
     def __init__(self, spec: FinetuneSpec, data: Dataset):
         super().__init__(spec, data)
-        if "answer" in (spec.metrics or ()) and self.options.answer is None:
-            raise ValueError(
-                "finetune: metric answer must go with task_options.answer, which says what of a text it is, got none"
-            )
         references: dict[str, list[str]] = {}
         for row in data.test:
             if row.get("label") and row["text"]:
                 references.setdefault(self._framed(row["text"]), []).append(row["label"].strip())
         self.references = dict(list(references.items())[: spec.generate])
+
+    @classmethod
+    def check(cls, spec: FinetuneSpec) -> None:
+        super().check(spec)
+        if "answer" in (spec.metrics or ()) and spec.task_options.get("answer") is None:
+            raise ValueError(
+                "finetune: metric answer must go with task_options.answer, which says what of a text it is, got none"
+            )
+        written = [name for name in spec.metrics or () if name in cls._written]
+        if written and spec.generate < 1:
+            raise ValueError(f"finetune: generate must be at least 1 for metric {written[0]}, got {spec.generate}")
 
     @classmethod
     def roles_of(cls, spec: FinetuneSpec) -> dict[str, str | None]:
@@ -101,9 +110,22 @@ class CausalLM(TextTask):
         message = {"role": "user", "content": prompt}
         return self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
+    def _encode(self, rows: Sequence[dict]) -> list[dict]:
+        testing = rows is self.data.test
+        self._dropping = not testing
+        encoded = super()._encode(rows)
+        if not encoded:
+            raise ValueError(
+                f"finetune: max_length must leave room after a prompt of the rows to {'test' if testing else 'train'} on,"
+                f" got {self.spec.max_length} for {len(rows):,} rows of which none can be learnt"
+            )
+        return encoded
+
     def _encode_some(self, rows: list[dict]) -> list[dict]:
         if "messages" in rows[0]:
-            return [row for row in map(self._conversation, rows) if any(label != IGNORED for label in row["labels"])]
+            learnt = [row for row in map(self._conversation, rows) if any(label != IGNORED for label in row["labels"])]
+            self.dropped += (len(rows) - len(learnt)) * self._dropping
+            return learnt
         pairs = [(row["text"], row["label"]) if "label" in row else ("", row["text"]) for row in rows]
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         framed = [self._framed(prompt) if prompt else "" for prompt, _ in pairs]
@@ -114,8 +136,11 @@ class CausalLM(TextTask):
         encoded = []
         for prompt, target, (text, _) in zip(prompts, targets, pairs, strict=True):
             if len(prompt) >= self.spec.max_length:
+                if self._dropping:
+                    self.dropped += 1
+                    continue
                 raise ValueError(
-                    f"finetune: max_length must leave room after every prompt, got {self.spec.max_length}"
+                    f"finetune: max_length must leave room after every prompt to test on, got {self.spec.max_length}"
                     f" for a prompt of {len(prompt)} tokens ({text[:40]!r}…)"
                 )
             ids = (prompt + target + end)[: self.spec.max_length]

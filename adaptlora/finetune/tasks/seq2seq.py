@@ -50,6 +50,7 @@ class Seq2Seq(TextTask):
     }
     default_metrics = ("rouge1", "rouge2", "rougeLsum")
     Options = Options
+    _targets: ClassVar = ("label",)
     _auto = "AutoModelForSeq2SeqLM"
     _most_tested = 16
 

@@ -20,6 +20,7 @@ class TextTask(Task):
     """A subclass gives `_encode_some`, the rows of a thousand examples."""
 
     architecture_keys: ClassVar = ("tokenizer",)
+    _targets: ClassVar[tuple[str, ...]] = ()  # roles whose text is learnt, and must not be empty
     _fills: ClassVar[Mapping[str, int]] = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 
     @classmethod
@@ -28,7 +29,19 @@ class TextTask(Task):
         plain = "text" in cls.roles and not spec.columns
         if spec.data.startswith("@") or (plain and Path(spec.data).suffix in (".csv", ".jsonl")):
             return data.read(spec)
-        return super().read(spec)
+        read = super().read(spec)
+        where = {"text": spec.text_column, "label": spec.label_column or "label", **spec.columns}
+        for part, rows in (("train", read.train), ("test", read.test)):
+            learnt = cls._targets if "label" in rows.column_names else cls._targets and ("text",)
+            for role in rows.column_names:
+                column = rows[role]
+                for number, value in enumerate(column, 1):
+                    if value is None or (role in learnt and value == ""):
+                        raise ValueError(
+                            f"finetune: column {where.get(role, role)!r} must hold a value in every row, got {value!r}"
+                            f" in row {number} of the rows to {part} on"
+                        )
+        return read
 
     def _prepare(self) -> None:
         self.tokenizer = self._pretrained("AutoTokenizer")
