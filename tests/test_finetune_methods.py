@@ -122,6 +122,15 @@ def test_an_adaptive_clip_is_tested_when_it_comes(bert, tmp_path):
     assert set(report.scores["ours"]) == {"before", "clip", "end"} and set(report.sizes) == {"before", "after"}
 
 
+def test_a_clip_that_never_comes_and_a_split_that_is_not_there_are_noted(bert, tmp_path):
+    calm = {"schedule": "adaptive", "lambda_p": 1e-12, "lambda_c": 1e-13, "min_steps": 1}
+    report = run(own_spec(bert, tmp_path, options=calm, test_split="validation"))
+    assert report.t_c is None and [note.partition(":")[0] for note in report.notes] == [
+        f"{tmp_path / 't.csv'} is one file, without the split validation",
+        "the ranks were not clipped",
+    ]
+
+
 # NoRA
 
 
