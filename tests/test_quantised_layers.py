@@ -161,6 +161,29 @@ def test_attach_adapts_them(quantise):
     assert adapter.layers["0"].lora_B.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["", "double"])
+def test_a_weight_that_was_packed_for_evaluation_goes_back(double):
+    """What bitsandbytes does to a 4-bit base that is evaluated on a CPU with bfloat16 instructions, done by hand."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = bnb.nn.Linear4bit(64, 96, compute_dtype=FP32, quant_type="nf4", compress_statistics=double).to("cpu")
+    weight = dequantised_weight(base)
+    state = base.weight.quant_state
+    base.weight.data, base.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, state)
+    # The scales are kept in bfloat16 when it packs; those that were quantised themselves are quantised anew.
+    close = {"rtol": 2**-7, "atol": 2e-3 if double else 0}
+    torch.testing.assert_close(dequantised_weight(base), weight, **close)
+    assert base.weight.quant_state.packing_format_for_cpu, "reading changes nothing"
+    layer = LoraLinear(base, R)
+    assert not base.weight.quant_state.packing_format_for_cpu
+    torch.testing.assert_close(dequantised_weight(base), weight, **close)
+    with torch.no_grad():
+        layer.eval()(torch.randn(3, 64))  # an evaluation before training
+    x = torch.randn(3, 64, requires_grad=True)
+    layer.train()(x).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1), rtol=2**-6, atol=5e-2)
+    assert layer.lora_B.grad.norm() > 0
+
+
 def nested(quantise, dtype=FP32, **options) -> tuple[NoRALinear, torch.Tensor]:
     """(NoRALinear over a quantised base, the weight that its outer factors are of)."""
     base, weight = quantise(nn.Linear(K, N).to(dtype))

@@ -370,7 +370,7 @@ def test_labels_that_are_integers_are_classes_by_their_values(tmp_path):
     assert [task._target(label) for label in (1, 10, 12)] == [0, 9, 11]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "text": "no", "label": None}])))
     with pytest.raises(
-        ValueError, match="every row must have a label, got None in row 1 of .* held out|in row 2. of train"
+        ValueError, match="column 'label' must hold a value in every row, got None in row 24 of the rows to train on"
     ):
         data.load(replace(spec, holdout=1))
 

@@ -6,7 +6,7 @@ from torch import nn
 from ..ops._checks import check_dropout, check_finite_number
 from ..ops._library import accumulation_dtype
 from ..ranks import RankedPair
-from .frozen import is_conv1d, is_linear, is_quantised, is_sharded, linear_shape
+from .frozen import is_conv1d, is_linear, is_quantised, is_sharded, keep_unpacked, linear_shape
 
 
 class AdaptedLinear(nn.Module):
@@ -44,6 +44,7 @@ class AdaptedLinear(nn.Module):
     def _train(self, pair: RankedPair) -> None:
         self.pair = pair
         self.base_layer.requires_grad_(False)
+        keep_unpacked(self.base_layer)
 
     @property
     def factor_dtype(self) -> torch.dtype:

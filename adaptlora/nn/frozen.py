@@ -1,5 +1,7 @@
 """What a layer may adapt: a frozen linear base, plain or quantised, and the low-rank term on either."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -55,6 +57,27 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
+def _unpacked(weight: torch.Tensor, state) -> tuple[torch.Tensor, object]:
+    """A 4-bit weight and its state in the layout in which it was quantised; the module's own stay as they are."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight, state
+    from bitsandbytes import functional
+
+    return functional._convert_weight_packed_for_cpu_inverse(weight, copy.copy(state))
+
+
+def keep_unpacked(module: nn.Module) -> None:
+    """
+    Keep a 4-bit weight in the layout in which it was quantised, to which it goes back if need be.
+
+    On CPUs with bfloat16 instructions bitsandbytes packs it anew in the first evaluation, for a product that rounds to bfloat16 and that no
+    gradient passes: after an evaluation the model could not be trained.
+    """
+    if _bitsandbytes_class(module) == "Linear4bit":
+        module.support_avx512bf16_for_cpu = False
+        module.weight.data, module.weight.quant_state = _unpacked(module.weight.data, module.weight.quant_state)
+
+
 @torch.no_grad()
 def dequantised_weight(module: nn.Module) -> torch.Tensor:
     """
@@ -81,7 +104,7 @@ def dequantised_weight(module: nn.Module) -> torch.Tensor:
     from bitsandbytes import functional
 
     if _bitsandbytes_class(module) == "Linear4bit":
-        return functional.dequantize_4bit(weight, module.weight.quant_state).float()
+        return functional.dequantize_4bit(*_unpacked(weight, module.weight.quant_state)).float()
     # The first forward pass moves the scales from the weight to the state.
     scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
     return functional.int8_vectorwise_dequant(weight, scales)
