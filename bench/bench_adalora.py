@@ -13,10 +13,11 @@ choice twice as much for the importance, in PEFT three times. The penalty ‖P P
 import peft
 import pytest
 import torch
-from providers import ALPHA, LINEARS, AdaLora, Ours, batch_for, frozen_step, load, shared_copy
+from providers import load
 
 import adaptlora
 from adaptlora.benchmarks.harness import peak_bytes
+from adaptlora.benchmarks.models import ALPHA, LINEARS, AdaLora, Ours, batch_for, frozen_step, shared_copy
 
 INIT_R, TARGET_R = 12, 4
 SCHEDULE = {"tinit": 40, "tfinal": 80, "total_step": 200, "deltaT": 10}

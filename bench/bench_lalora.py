@@ -10,9 +10,10 @@ import statistics
 import time
 
 import pytest
-from providers import LINEARS, Ours, Peft, batch_for, frozen_step, load, shared_copy
+from providers import load
 
 import adaptlora
+from adaptlora.benchmarks.models import LINEARS, Ours, Peft, batch_for, frozen_step, shared_copy
 
 R = 32
 

@@ -9,10 +9,11 @@ the serial form.
 import pytest
 import torch
 import torch.nn.functional as F
-from providers import LINEARS, Ours, Trained, batch_for, frozen_step, load, shared_copy
+from providers import load
 from torch import nn
 
 import adaptlora
+from adaptlora.benchmarks.models import LINEARS, Ours, Trained, batch_for, frozen_step, shared_copy
 from adaptlora.nn import NoRALinear
 
 R, R_OUT, ALPHA = 16, 256, 16

@@ -14,8 +14,9 @@ Floor: randomized_svd, so that the other rows say how many times faster it is, a
 import re
 
 import torch
-from providers import LINEARS, load
+from providers import load
 
+from adaptlora.benchmarks.models import LINEARS
 from adaptlora.ops import randomized_svd
 from adaptlora.pool import over
 

@@ -9,9 +9,10 @@ bench_lora_linear.py's group saves a tenth of a layer's own part.
 
 import pytest
 import torch
-from providers import TARGET, Ours, Peft, R, batch_for, fill, load, lora, plain, shared_copy
+from providers import load
 
 import adaptlora
+from adaptlora.benchmarks.models import TARGET, Ours, Peft, R, batch_for, fill, lora, plain, shared_copy
 from adaptlora.benchmarks.step import assert_same_training, training_case
 
 

@@ -5,50 +5,9 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from adaptlora.benchmarks.models import (
-    ALPHA,
-    LINEARS,
-    LR,
-    TARGET,
-    AdaLora,
-    MaskedNormal,
-    Ours,
-    Peft,
-    R,
-    Trained,
-    adalora,
-    batch_for,
-    fill,
-    frozen_step,
-    lora,
-    normal,
-    plain,
-    shared_copy,
-)
 from adaptlora.finetune.fetch import locate
 from adaptlora.finetune.smollm2 import convert
 
-__all__ = [
-    "ALPHA",
-    "LINEARS",
-    "LR",
-    "TARGET",
-    "AdaLora",
-    "MaskedNormal",
-    "Ours",
-    "Peft",
-    "R",
-    "Trained",
-    "adalora",
-    "batch_for",
-    "fill",
-    "frozen_step",
-    "load",
-    "lora",
-    "normal",
-    "plain",
-    "shared_copy",
-]
 DATA = Path(__file__).resolve().parents[1] / ".data"
 
 
